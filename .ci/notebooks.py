@@ -1,0 +1,53 @@
+"""Run notebooks in place and keep their outputs, or write README.md from nbs/index.ipynb.
+
+    python .ci/notebooks.py run nbs/04_hdc.ipynb ...   # a real kernel; cells that nbdev_test skips are left as they are
+    python .ci/notebooks.py readme
+"""
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbclient
+import nbformat
+from nbconvert import MarkdownExporter
+from nbconvert.preprocessors import RegexRemovePreprocessor
+from nbdev.config import get_config
+from traitlets.config import Config
+
+
+class SkippingClient(nbclient.NotebookClient):
+    "Executes a notebook, leaving flagged cells and their stored outputs alone."
+    flags = set(get_config().tst_flags.split())
+
+    async def async_execute_cell(self, cell, *args, **kwargs):
+        directives = set(re.findall(r'(?m)^#\|\s*([\w:]+(?:\s*false)?)', cell.source))
+        if directives & self.flags or any(re.fullmatch(r'eval:\s*false', d) for d in directives):
+            return cell
+        return await super().async_execute_cell(cell, *args, **kwargs)
+
+
+def run(paths):
+    for path in paths:
+        notebook = nbformat.read(path, 4)
+        SkippingClient(notebook, timeout=1200, kernel_name='python3',
+                       resources={'metadata': {'path': str(Path(path).parent)}}).execute()
+        nbformat.write(notebook, path)
+        subprocess.run([Path(sys.executable).parent / 'nbdev_clean', '--fname', path], check=True)
+
+
+def readme(notebook='nbs/index.ipynb', out='README.md', images='nbs/images'):
+    "Needs no Quarto, which the package registries do not carry."
+    nb = nbformat.read(notebook, 4)
+    nb.metadata['language_info'] = {'name': 'python'}  # nbdev_clean drops it; without it fences have no language
+    exporter = MarkdownExporter(config=Config(RegexRemovePreprocessor=dict(enabled=True, patterns=[r'#\|\s*hide'])))
+    text, resources = exporter.from_notebook_node(nb, resources={'output_files_dir': images, 'unique_key': 'readme'})
+    for path, data in resources['outputs'].items():
+        Path(path).parent.mkdir(exist_ok=True)
+        Path(path).write_bytes(data)
+    Path(out).write_text(f'<!-- Generated from {notebook} by .ci/notebooks.py: edit that. -->\n{text.strip()}\n')
+
+
+if __name__ == '__main__':
+    command, *paths = sys.argv[1:]
+    run(paths) if command == 'run' else readme()

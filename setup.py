@@ -1,0 +1,41 @@
+"settings.ini -> setuptools, and every exported `ccc/_*_kernels.py` -> a compiled extension of the same name."
+import sys
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+
+ROOT = Path(__file__).parent
+config = ConfigParser(delimiters=['='], interpolation=None)
+config.read(ROOT / 'settings.ini', encoding='utf-8')
+config = config['DEFAULT']
+
+
+def lines(key):
+    "The entries of one setting, a line each: requirements with markers hold spaces."
+    return [line.strip() for line in config.get(key, '').splitlines() if line.strip()]
+
+
+def kernels():
+    "The notebooks' kernels, compiled with OpenMP where the compiler has it."
+    from Cython.Build import cythonize
+    openmp = {'win32': ['/openmp'], 'darwin': []}.get(sys.platform, ['-fopenmp'])
+    optimise = ['/O2'] if sys.platform == 'win32' else ['-O3']
+    extensions = [Extension(f'ccc.{path.stem}', [f'ccc/{path.name}'], extra_compile_args=optimise + openmp,
+                            extra_link_args=[] if sys.platform == 'win32' else openmp)
+                  for path in sorted((ROOT / 'ccc').glob('_*_kernels.py'))]
+    return cythonize(extensions, build_dir='build/cython', language_level=3, compiler_directives=dict(
+        boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False))
+
+
+setup(
+    name=config['lib_name'], version=config['version'], description=config['description'],
+    author=config['author'], author_email=config['author_email'], url=config['git_url'], keywords=config['keywords'],
+    license='Apache-2.0', python_requires='>=' + config['min_python'],
+    long_description=(ROOT / 'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
+    packages=find_packages(include=['ccc', 'ccc.*']), zip_safe=False,
+    install_requires=lines('requirements'),
+    extras_require={'dev': lines('dev_requirements'), 'timm': lines('timm_requirements')},
+    entry_points={'console_scripts': lines('console_scripts'), 'nbdev': ['ccc=ccc._modidx:d']},
+    ext_modules=kernels(),
+)

@@ -1,0 +1,197 @@
+"Pictures: what the notebook does not show of maps, sampling, panels, image grids and run folders."
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ccc import viz
+
+
+@pytest.fixture
+def points():
+    rng = np.random.default_rng(0)
+    y = np.repeat(np.arange(6), 10)
+    return (rng.normal(size=(6, 8))[y] + .2 * rng.normal(size=(60, 8))).astype(np.float32), y
+
+
+@pytest.fixture
+def run(tmp_path):
+    (tmp_path/'labels').mkdir()
+    rng = np.random.default_rng(0)
+    for epoch in range(3):
+        labels = rng.integers(-1, 4, 50).astype(np.int32)
+        np.savez(tmp_path/f'labels/epoch_{epoch:03d}.npz', labels=labels, confidence=rng.random(50, dtype=np.float32),
+                 map=rng.normal(size=(20, 2)).astype(np.float32), map_index=np.sort(rng.choice(50, 20, replace=False)))
+    return tmp_path
+
+
+def drawn(fig):
+    "The figure really renders; its axes that show something."
+    fig.canvas.draw()
+    return [ax for ax in fig.axes if ax.has_data()]
+
+
+def test_import_is_light():
+    code = "import sys, ccc.viz; print([m for m in ('matplotlib', 'umap', 'torch', 'sklearn', 'scipy', 'PIL') if m in sys.modules])"
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
+
+
+def test_map_needs_no_spread():
+    "Few points, equal points, one column: a finite map all the same."
+    for x in [np.zeros((1, 3)), np.eye(2), np.ones((4, 2)), np.ones((12, 3)), np.arange(12.)[:, None]]:
+        at = viz.umap_map(x)
+        assert at.shape == (len(x), 2) and np.isfinite(at).all() and at.dtype == np.float32
+
+
+def test_map_from_tensor_and_from_a_start(points):
+    x, _ = points
+    at = viz.umap_map(torch.tensor(x))
+    assert np.array_equal(at, viz.umap_map(x))
+    again = viz.umap_map(x, init=at)
+    assert np.linalg.norm(again - again.mean(0) - (at - at.mean(0)), axis=1).mean() < 3 * at.std()
+    assert viz.umap_map(torch.tensor(x, dtype=torch.bfloat16)).shape == (60, 2)
+
+
+def test_pca_signs_do_not_depend_on_the_solver(points):
+    x, _ = points
+    assert np.allclose(viz._pca(x), viz._pca(x.astype(np.float64)), atol=1e-3)
+
+
+@pytest.mark.parametrize('bad, message', [(dict(n_neighbors=1), 'at least 2'), (dict(init=np.zeros((3, 2))), 'init must be')])
+def test_map_errors(points, bad, message):
+    with pytest.raises(ValueError, match=message):
+        viz.umap_map(points[0], **bad)
+
+
+def test_sampling_is_uniform():
+    hits = sum(np.isin(np.arange(100), viz.sample_points(100, 20, seed)) for seed in range(500))
+    assert abs(hits - 100).max() < 45                  # mean 100, standard deviation 9
+    assert len(viz.sample_points(100, None)) == 100 and len(viz.sample_points(0, 5)) == 0
+
+
+def test_panels_only_for_what_is_given(points):
+    x, y = points
+    at = x[:, :2]
+    assert len(drawn(viz.plot_umap(xy=at))) == 1
+    assert len(drawn(viz.plot_umap(xy=at, labels=y))) == 1
+    assert len(drawn(viz.plot_umap(xy=at, confidence=np.linspace(0, 1, 60)))) == 2         # with its colour bar
+    assert len(drawn(viz.plot_umap(xy=at, labels=y, confidence=np.linspace(0, 1, 60), camids=y % 3, pids=y))) == 5
+    assert not __import__('matplotlib.pyplot').pyplot.get_fignums()                         # nothing left open
+
+
+def test_outliers_lie_underneath(points):
+    x, y = points
+    y = np.where(np.arange(60) % 7 == 0, -1, y)
+    ax = viz.plot_umap(xy=x[:, :2], labels=y).axes[0]
+    outliers, *clusters = ax.collections
+    assert len(outliers.get_offsets()) == (y < 0).sum()
+    assert all(c.get_zorder() > outliers.get_zorder() for c in clusters)
+    assert sum(len(c.get_offsets()) for c in clusters) == (y >= 0).sum()
+
+
+def test_only_outliers(points):
+    none = np.full(60, -1)
+    drawn(viz.plot_umap(xy=points[0][:, :2], labels=none, confidence=np.zeros(60)))
+    drawn(viz.plot_confidence(np.zeros(60), none))
+    drawn(viz.show_clusters(np.zeros((60, 3, 8, 4), np.uint8), none, np.zeros(60)))
+
+
+def test_sample_is_said_and_followed(points):
+    x, y = points
+    fig = viz.plot_umap(xy=x[:, :2], labels=y, max_points=25, title='t')
+    assert fig.get_suptitle() == 't · 25 of 60 points, drawn at random'
+    assert sum(len(c.get_offsets()) for c in fig.axes[0].collections) == 25
+    assert viz.plot_umap(xy=x[:, :2], labels=y).get_suptitle() == ''
+
+
+def test_many_cameras_have_a_legend(points):
+    ax = viz.plot_umap(xy=points[0][:, :2], camids=np.arange(60) % 20).axes[0]
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == [str(c) for c in range(20)]
+
+
+def test_tensors_everywhere(points):
+    x, y = map(torch.tensor, points)
+    drawn(viz.plot_umap(xy=x[:, :2], labels=y.int(), confidence=torch.rand(60), camids=y, pids=y))
+    drawn(viz.plot_camera_entropy(torch.arange(3), torch.rand(3), torch.ones(3)))
+
+
+@pytest.mark.parametrize('bad', [dict(labels=np.zeros(3)), dict(confidence=np.zeros((60, 1))), dict(camids=[0]), dict(pids=[])])
+def test_lengths_are_checked(points, bad):
+    with pytest.raises(ValueError, match=f'{next(iter(bad))} must hold one value for each of the 60 points'):
+        viz.plot_umap(xy=points[0][:, :2], **bad)
+
+
+def test_following_keeps_clusters_apart():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        before, after = rng.integers(-1, 5, 40), rng.integers(-1, 7, 40)
+        followed = viz._follow(after, before)
+        assert ((followed < 0) == (after < 0)).all()
+        pairs = set(zip(after[after >= 0], followed[after >= 0]))
+        assert len({a for a, _ in pairs}) == len({f for _, f in pairs}) == len(pairs)       # one to one
+    assert (viz._follow(np.full(4, -1), np.arange(4)) == -1).all()
+    assert (viz._follow(np.arange(4), np.full(4, -1)) == np.arange(4)).all()
+
+
+def test_evolution_with_and_without_metrics(run):
+    assert len(drawn(viz.plot_evolution(run))) == 3 * 2 + 1 + 1                              # maps, colour bar, counts
+    lines = [dict(epoch=e, mAP=.1 * e if e % 2 else None, rank1=.2, clusters=4) for e in range(3)]
+    (run/'metrics.jsonl').write_text('\n'.join(map(json.dumps, lines)) + '\n')
+    assert len(drawn(viz.plot_evolution(str(run), max_epochs=2))) == 2 * 2 + 1 + 2
+
+
+def test_evolution_of_one_epoch_all_outliers(run):
+    for f in sorted((run/'labels').glob('*.npz'))[1:]:
+        f.unlink()
+    one = dict(np.load(run/'labels/epoch_000.npz'))
+    np.savez(run/'labels/epoch_000.npz', **{**one, 'labels': np.full(50, -1)})
+    drawn(viz.plot_evolution(run))
+
+
+def test_images_of_every_kind(tmp_path):
+    a = np.random.default_rng(0).integers(0, 256, (2, 96, 48, 3), dtype=np.uint8)
+    Image.fromarray(a[1]).save(tmp_path/'a.png')
+    kinds = [a, a.transpose(0, 3, 1, 2), torch.tensor(a.transpose(0, 3, 1, 2)), a / 255, [Image.fromarray(i) for i in a],
+             ['', tmp_path/'a.png'], ['', str(tmp_path/'a.png')], SimpleNamespace(image=lambda i: Image.fromarray(a[i]))]
+    for images in kinds:
+        assert abs(viz._pixels(images, 1).astype(int) - a[1]).max() <= 1
+
+
+def test_rows_of_clusters():
+    labels, home, sure = np.array([0, 0, -1, 1, 1, -1]), np.array([0, 0, 0, 1, 1, 1]), np.array([.1, .9, .8, .6, .7, .2])
+    rows = viz._cluster_rows(labels, sure, home, None, 5)
+    assert [list(at) for _, at in rows] == [[4, 3, 5], [1, 0, 2]]                            # surer cluster first, outliers last
+    rows = viz._cluster_rows(labels, sure, None, [0], 5)
+    assert [list(at) for _, at in rows] == [[1, 0], [2, 5]]                                  # outliers in a row of their own
+
+
+def test_ranking_skips_what_evaluation_skips():
+    order, skipped = viz._ranked(np.array([.1, .4, .2, .3]), 0, np.array([7]), np.array([7, 7, 8, 7]), np.array([0]), np.array([0, 1, 0, 0]))
+    assert list(order) == [2, 1] and skipped == 2
+
+
+def test_ranking_draws_rows_or_all():
+    rng = np.random.default_rng(0)
+    split = lambda n: SimpleNamespace(image=lambda i: np.zeros((8, 4, 3), np.uint8), pids=rng.integers(0, 3, n), camids=rng.integers(0, 2, n))
+    q, g, d = split(5), split(9), rng.random((5, 9))
+    names = lambda fig: [ax.get_title() for ax in fig.axes]
+    assert names(viz.show_ranking(q, g, d, [4, 1])) == names(viz.show_ranking(q, g, d[[4, 1]], [4, 1]))
+    with pytest.raises(ValueError, match=r'distmat must be \(5, 9\)'):
+        viz.show_ranking(q, g, d.T)
+
+
+def test_hardest_errors_against_sorting():
+    rng = np.random.default_rng(1)
+    q_pids, g_pids, q_camids, g_camids = (rng.integers(0, k, n) for k, n in [(4, 12), (4, 30), (3, 12), (3, 30)])
+    d = rng.random((12, 30))
+    found, margins = viz.hardest_errors(d, q_pids, g_pids, q_camids, g_camids, n=12)
+    wrong = []
+    for i in range(12):
+        order, _ = viz._ranked(d[i], i, q_pids, g_pids, q_camids, g_camids)
+        if g_pids[order[0]] != q_pids[i] and (g_pids[order] == q_pids[i]).any(): wrong.append(i)
+    assert sorted(found) == wrong and (np.diff(margins) <= 0).all() and (margins > 0).all()

@@ -6,7 +6,7 @@
 __all__ = ['RENDERER', 'CAMERAS', 'City', 'Person', 'make_person', 'draw_person', 'Camera', 'render', 'city_plan', 'city_folder',
            'write_city']
 
-# %% ../nbs/01a_city.ipynb #b308fc75
+# %% ../nbs/01a_city.ipynb #7dbca330
 import hashlib, json, os, shutil, tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-RENDERER = 1  # goes up when the drawing changes, so that no old cache is read
+RENDERER = 2  # goes up when the drawing changes, so that no old cache is read
 
-# %% ../nbs/01a_city.ipynb #8568047f
+# %% ../nbs/01a_city.ipynb #be803eaf
 @dataclass(frozen=True)
 class City:
     "What is drawn, and how hard it is; 0 switches a difficulty off, 1 is as intended."
@@ -31,8 +31,8 @@ class City:
     light: float = 1.0  # strength of each camera's gamma and of the light that changes between images
     blur: float = 1.0  # loss of sharpness
     noise: float = 1.0  # sensor noise
-    occlusion: float = 0.25  # share of images with something in front of the person
-    variety: float = 0.6  # share of images with scenery of another kind than the camera's usual
+    occlusion: float = 0.15  # share of images with something in front of the person
+    variety: float = 0.4  # share of images with scenery of another kind than the camera's usual
     loose: float = 1.0  # how badly the boxes are cropped around the people
     seed: int = 0  # another seed, another city
 
@@ -83,10 +83,12 @@ def make_person(rng: np.random.Generator) -> Person:
         bag=pick([.45, .33, .22], 'none', 'backpack', 'shoulder'), bag_colour=colour(every), carries=pick([.68, .14, .1, .08], 'none', 'shopping', 'suitcase', 'folder'),
         width=float(rng.uniform(.84, 1.2)), height=float(rng.uniform(.9, 1.06)))
 
-# %% ../nbs/01a_city.ipynb #da58ebfb
+# %% ../nbs/01a_city.ipynb #25aea17c
 _SCALE, _H, _W = 4, 128, 64  # drawn 512 x 256, kept 128 x 64
 
-def _darker(colour, f): return tuple(int(np.clip(c * f, 0, 255)) for c in colour)
+def _darker(colour, f):
+    "A colour times a factor."
+    return tuple(int(np.clip(c * f, 0, 255)) for c in colour)
 
 class _Pen:
     "Draws in body units on a transparent layer."
@@ -96,8 +98,9 @@ class _Pen:
     def at(self, x, y):
         # seen from above, legs are foreshortened: y -> y + squash * y * (1 - y), still 0 -> 0 and 1 -> 1
         return self.centre + self.size * (x + self.lean * (1 - y)), self.top + self.size * (y + self.squash * y * (1 - y))
-    def poly(self, points, colour): self.draw.polygon([self.at(*p) for p in points], fill=(*colour, 255))
-    def oval(self, x, y, rx, ry, colour, **arc):
+    def poly(self, points, colour):
+        self.draw.polygon([self.at(*p) for p in points], fill=(*colour, 255))
+    def oval(self, x, y, rx, ry, colour):
         (cx, cy), s = self.at(x, y), self.size
         self.draw.ellipse([cx - rx * s, cy - ry * s, cx + rx * s, cy + ry * s], fill=(*colour, 255))
     def box(self, x, y, w, h, colour, r=.01):
@@ -172,19 +175,27 @@ def _torso(pen, p, side, front):
     pen.poly(outline, p.upper)
     _pattern(pen, p, outline, front, side)
 
-# %% ../nbs/01a_city.ipynb #9d25e8a2
+# %% ../nbs/01a_city.ipynb #806f64fe
 def _bag(pen, p, side, front, behind):
     "A backpack or a shoulder bag: the part behind the body, or the part before it."
     c, w = p.bag_colour, p.width
     if p.bag == 'backpack':
-        if behind and front > -.35: pen.box(-.10 * side * w - .0, .17, .05 + .045 * abs(front), .25, c, .03)
-        if not behind and front <= -.35: pen.box(-.07 * side * w, .17, .085, .26, c, .03), pen.box(-.07 * side * w, .30, .06, .10, _darker(c, .75), .02)
+        if behind and front > -.35: pen.box(-.10 * side * w, .17, .05 + .045 * abs(front), .25, c, .03)
+        if not behind and front <= -.35:
+            pen.box(-.07 * side * w, .17, .085, .26, c, .03)
+            pen.box(-.07 * side * w, .30, .06, .10, _darker(c, .75), .02)
         if not behind and front > .35:
             for k in (-1, 1): pen.limb([(k * .062 * w, .15), (k * .075 * w, .36)], .02, c)
     if p.bag == 'shoulder' and not behind:
         k = 1 if front >= 0 else -1
         pen.limb([(-.06 * k * w, .155), (.10 * k * w * max(.5, abs(front)), .45)], .016, _darker(c, .8))
         pen.box(.105 * k * w * max(.4, abs(front)), .44, .058, .12, c, .015)
+
+def _fringe(side, x):
+    "Where hair may be: above the forehead, and at the back of the head when it is seen from the side."
+    if abs(side) < .6: return [(-.2, -.1), (.2, -.1), (.2, .055 - .03 * side), (-.2, .055 + .03 * side)]
+    d = np.sign(side)
+    return [(-.2 * d, -.1), (.2 * d, -.1), (.2 * d, .045), (.018 * side + x, .045), (0, .11), (-.2 * d, .11)]
 
 def _head(pen, p, side, front):
     "Head, hair and hat."
@@ -194,16 +205,14 @@ def _head(pen, p, side, front):
     pen.oval(x, .072, .052, .066, p.skin)
     if p.hairstyle != 'bald':
         if back: pen.oval(x, .068, .056, .064, p.hair)
-        else: pen.clipped([(-.2, -.1), (.2, -.1), (.2, .055 - .03 * side), (.2 * side, .055), (-.2, .055 + .03 * side)] if abs(side) < .6 else
-                          [(-.2, -.1), (.2, -.1), (.2, .045), (.018 * side + x, .045), (.0, .11), (-.2 * np.sign(side), .11)] if side > 0 else
-                          [(.2, -.1), (-.2, -.1), (-.2, .045), (.018 * side + x, .045), (.0, .11), (.2, .11)], lambda o: o.oval(x - .008 * side, .064, .057, .066, p.hair))
+        else: pen.clipped(_fringe(side, x), lambda o: o.oval(x - .008 * side, .064, .057, .066, p.hair))
         if p.hairstyle == 'long' and back: pen.box(x, .05, .058, .15, p.hair, .035)
         if p.hairstyle == 'bun': pen.oval(x - .05 * side, .005 + .03 * abs(side), .032, .03, p.hair)
     if p.hat:
         pen.clipped([(-.2, -.1), (.2, -.1), (.2, .048), (-.2, .048)], lambda o: o.oval(x, .058, .061, .068, p.hat))
         if not back: pen.box(x + .04 * side, .04, .045, .014, _darker(p.hat, .7), .006)
 
-# %% ../nbs/01a_city.ipynb #158f82d2
+# %% ../nbs/01a_city.ipynb #c1a43a3a
 def draw_person(p: Person,  # whom
                 angle: float = 0.,  # radians; 0 towards the camera, pi away from it
                 step: float = 0.8,  # radians; phase of the walk
@@ -216,7 +225,10 @@ def draw_person(p: Person,  # whom
     _bag(pen, p, side, front, behind=True)
     far = _arm(pen, p, -1, side, front, step)
     _legs(pen, p, side, front, step)
-    if p.carries == 'suitcase': pen.box(-.19 * (side if abs(side) > .4 else 1), .70, .065, .25, _darker(p.bag_colour, .9), .02)
+    if p.carries == 'suitcase':
+        x = -.19 * (side if abs(side) > .4 else 1)
+        pen.limb([(x * .75, .48), (x, .72)], .012, (70, 70, 74))
+        pen.box(x, .70, .065, .25, _darker(p.bag_colour, .9), .02)
     _torso(pen, p, side, front)
     _bag(pen, p, side, front, behind=False)
     near = _arm(pen, p, 1, side, front, step)
@@ -248,7 +260,7 @@ class _Scene:
             y = self.horizon + (1 - self.horizon) * ((i + off) / lines) ** 1.8
             self.line(0, y, 1, y, _darker(c, shade))
 
-# %% ../nbs/01a_city.ipynb #8443ae20
+# %% ../nbs/01a_city.ipynb #c06c2c6e
 def _street(s):
     "House fronts with windows."
     wall = s.tint([(196, 178, 150), (168, 150, 138), (204, 196, 186), (150, 158, 168)][s.rng.integers(4)])
@@ -270,7 +282,8 @@ def _bricks(s):
         for x in np.arange((j % 2) * .07, 1, .14): s.line(x, y, x, min(y + .026, s.horizon), _darker(wall, .84))
     if s.rng.random() < .5:
         x, y = s.rng.uniform(-.1, .8), s.rng.uniform(.05, .25)
-        s.rect(x, y, x + .3, y + .22, s.tint((214, 206, 180), 30)), s.rect(x + .04, y + .03, x + .26, y + .12, s.tint((120, 120, 130), 60))
+        s.rect(x, y, x + .3, y + .22, s.tint((214, 206, 180), 30))
+        s.rect(x + .04, y + .03, x + .26, y + .12, s.tint((120, 120, 130), 60))
     s.ground((140, 134, 128), 4)
 
 def _park(s):
@@ -284,7 +297,7 @@ def _park(s):
     x = s.rng.uniform(.1, .9)
     s.poly([(x - .08, s.horizon), (x + .08, s.horizon), (x + .7, 1), (x - .6, 1)], s.tint((184, 168, 140)))
 
-# %% ../nbs/01a_city.ipynb #d46105d7
+# %% ../nbs/01a_city.ipynb #62fa6ec3
 def _station(s):
     "Indoors: panels, a sign, shining tiles."
     wall = s.tint((188, 190, 182))
@@ -320,6 +333,14 @@ def _shops(s):
         for j in range(6): s.rect(a + j * w / 6, .06, a + (j + 1) * w / 6 - .005, .16, c if j % 2 else (226, 222, 212))
     s.ground((166, 156, 146), 5)
 
+_PLACES = dict(street=_street, bricks=_bricks, park=_park, station=_station, crossing=_crossing, shops=_shops)
+
+def _scene(kind, rng, horizon):
+    "One drawing of a kind of place."
+    scene = _Scene(rng, horizon)
+    _PLACES[kind](scene)
+    return scene.image
+
 # %% ../nbs/01a_city.ipynb #600c5576
 @dataclass(frozen=True)
 class Camera:
@@ -336,85 +357,96 @@ class Camera:
     angle: float  # direction from which most people are seen, degrees; 0 their front
     blocker: str  # what stands in the way: pole, bush, car, bike or bin
 
-# %% ../nbs/01a_city.ipynb #aebcdab8
+# %% ../nbs/01a_city.ipynb #fd04b3fc
 CAMERAS = (
-    Camera('street', (1.10, 1.02, 0.86), 0.90, 0.3, 3, 88, .58, .00, .00, 20, 'pole'),
-    Camera('bricks', (0.90, 0.99, 1.14), 1.15, 0.6, 5, 80, .66, .03, .03, 90, 'bike'),
-    Camera('park', (0.94, 1.10, 0.92), 1.00, 0.4, 4, 86, .50, .05, -.02, 180, 'bush'),
-    Camera('station', (1.14, 1.04, 0.78), 1.25, 0.7, 9, 70, .36, .22, .00, 330, 'bin'),
-    Camera('crossing', (0.86, 0.94, 1.12), 1.40, 0.9, 7, 76, .46, .12, -.04, 270, 'car'),
-    Camera('shops', (1.10, 0.93, 1.06), 0.80, 0.5, 4, 60, .62, .00, .02, 200, 'pole'),
+    Camera('street', (1.05, 1.01, 0.93), 0.95, 0.3, 3, 88, .58, .00, .00, 20, 'pole'),
+    Camera('bricks', (0.95, 0.99, 1.07), 1.08, 0.6, 5, 80, .66, .03, .03, 90, 'bike'),
+    Camera('park', (0.97, 1.05, 0.96), 1.00, 0.4, 4, 86, .50, .05, -.02, 180, 'bush'),
+    Camera('station', (1.07, 1.02, 0.89), 1.12, 0.7, 8, 72, .36, .22, .00, 330, 'bin'),
+    Camera('crossing', (0.93, 0.97, 1.06), 1.22, 0.8, 6, 76, .46, .12, -.04, 270, 'car'),
+    Camera('shops', (1.05, 0.96, 1.03), 0.90, 0.5, 4, 66, .62, .00, .02, 200, 'pole'),
 )
 
-# %% ../nbs/01a_city.ipynb #e28846c0
-_PLACES = dict(street=_street, bricks=_bricks, park=_park, station=_station, crossing=_crossing, shops=_shops)
-
+# %% ../nbs/01a_city.ipynb #e0553594
 def _blocker(kind, rng):
     "Something between camera and person, on a transparent layer."
     layer = Image.new('RGBA', (256, 512), (0, 0, 0, 0))
     d, x = ImageDraw.Draw(layer), int(rng.uniform(-20, 276))
     shade = lambda c: (*_darker(c, rng.uniform(.7, 1.2)), 255)
-    if kind == 'pole': d.rectangle([x, 0, x + 26, 512], fill=shade((96, 98, 100))), d.rectangle([x + 4, 0, x + 9, 512], fill=shade((150, 150, 150)))
+    if kind == 'pole':
+        d.rectangle([x, 0, x + 26, 512], fill=shade((96, 98, 100)))
+        d.rectangle([x + 4, 0, x + 9, 512], fill=shade((150, 150, 150)))
     if kind == 'bush':
         for _ in range(16):
             u, v, r = x + rng.normal(0, 55), rng.uniform(395, 512), rng.uniform(22, 48)
             d.ellipse([u - r, v - r, u + r, v + r], fill=shade((58, 104, 54)))
-    if kind == 'car': d.rounded_rectangle([x - 150, 372, x + 150, 530], 30, fill=shade((150, 56, 52) if rng.random() < .5 else (86, 100, 128))), d.rectangle([x - 150, 440, x + 150, 450], fill=(40, 40, 42, 255))
-    if kind == 'bin': d.rounded_rectangle([x - 34, 370, x + 34, 512], 8, fill=shade((66, 92, 76))), d.rectangle([x - 40, 362, x + 40, 380], fill=shade((50, 66, 58)))
+    if kind == 'car':
+        d.rounded_rectangle([x - 150, 372, x + 150, 530], 30, fill=shade((150, 56, 52) if rng.random() < .5 else (86, 100, 128)))
+        d.rectangle([x - 150, 440, x + 150, 450], fill=(40, 40, 42, 255))
+    if kind == 'bin':
+        d.rounded_rectangle([x - 34, 370, x + 34, 512], 8, fill=shade((66, 92, 76)))
+        d.rectangle([x - 40, 362, x + 40, 380], fill=shade((50, 66, 58)))
     if kind == 'bike':
         for u in (x - 62, x + 62): d.ellipse([u - 44, 404, u + 44, 492], outline=(36, 36, 38, 255), width=8)
         d.line([x - 62, 448, x - 20, 388, x + 44, 388, x + 62, 448, x, 448, x - 20, 388], fill=shade((180, 60, 50)), width=9)
     return layer
 
-# %% ../nbs/01a_city.ipynb #d44e70f0
+# %% ../nbs/01a_city.ipynb #24c2fffd
 def _develop(rgb, cam, city, rng):
     "What the camera does: light, colour cast, gamma, blur and noise; (H, W, 3) of 0 to 1 in, uint8 out."
-    slope = rng.normal(0, .12, 2) * city.light
-    light = 1 + rng.normal(0, .10) * city.light + slope[0] * np.linspace(-1, 1, _H)[:, None, None] + slope[1] * np.linspace(-1, 1, _W)[None, :, None]
-    gain = 1 + (np.array(cam.gain) - 1) * city.cast + rng.normal(0, .02, 3) * city.cast
+    slope = rng.normal(0, .06, 2) * city.light
+    light = 1 + rng.normal(0, .05) * city.light + slope[0] * np.linspace(-1, 1, _H)[:, None, None] + slope[1] * np.linspace(-1, 1, _W)[None, :, None]
+    gain = 1 + (np.array(cam.gain) - 1) * city.cast + rng.normal(0, .01, 3) * city.cast
     rgb = np.clip(rgb * light * gain, 0, 1) ** (1 + (cam.gamma - 1) * city.light)
     image = Image.fromarray((rgb * 255).astype(np.uint8))
     image = image.filter(ImageFilter.GaussianBlur(cam.blur * city.blur * rng.uniform(.6, 1.5)))
     noisy = np.asarray(image) + rng.normal(0, max(cam.noise * city.noise, 1e-6), (_H, _W, 1)) + rng.normal(0, max(cam.noise * city.noise / 2, 1e-6), (_H, _W, 3))
     return Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))
 
-def _place(cam, city, rng):
-    "Scenery of the camera's usual kind, or of another kind."
+def _scenery(cam, city, rng):
+    "The camera's usual kind of place, or another."
     kind = cam.place if rng.random() > city.variety else rng.choice(list(_PLACES))
-    scene = _Scene(rng, float(np.clip(cam.horizon + rng.normal(0, .05), .25, .75)))
-    _PLACES[kind](scene)
-    return scene
+    return _scene(kind, rng, float(np.clip(cam.horizon + rng.normal(0, .05), .25, .75)))
 
-# %% ../nbs/01a_city.ipynb #9790e824
+def _pose(pid, camid, shot, cam, city, rng):
+    "Where somebody walks past: keywords of `draw_person`. Pictures of one walk have nearly one direction."
+    walk = np.random.default_rng([city.seed, 2, abs(pid), camid, int(pid < 0)])
+    angle = cam.angle + (walk.normal(0, 30) if walk.random() < .6 else walk.uniform(0, 360)) + rng.normal(0, 14)
+    size = 452 * city.person(pid if pid > 0 else 10_000 + 1_000 * camid + shot).height * (1 + rng.normal(0, .03) * city.loose)
+    centre = 128 + rng.normal(0, 8) * city.loose + (0 if pid >= 0 else rng.choice([-150, 150]))
+    return dict(angle=np.deg2rad(angle), step=rng.uniform(0, 2 * np.pi), centre=centre, top=492 - size + rng.normal(0, 6) * city.loose, size=size, lean=cam.lean, squash=cam.squash)
+
+def _stand(image, person, pose):
+    "Puts somebody, with a shadow, into a scene."
+    x, y = pose['centre'], pose['top'] + pose['size']
+    shadow = Image.new('L', image.size, 0)
+    ImageDraw.Draw(shadow).ellipse([x - 80, y - 30, x + 80, y + 8], fill=110)
+    image.paste((30, 30, 34), (0, 0), shadow)
+    layer = draw_person(person, **pose)
+    image.paste(layer, (0, 0), layer)
+
+# %% ../nbs/01a_city.ipynb #424537f6
 def render(city: City,
            pid: int,  # whom; 0 draws a passer-by, another for each shot; -1 a crop with hardly anybody in it
            camid: int,  # which camera, from 0
            shot: int = 0,  # number of the picture of this person in this camera
           ) -> Image.Image:  # RGB, 128 x 64
     "Draws one picture; the same arguments give the same picture."
-    track = np.random.default_rng([city.seed, 2, abs(pid), camid, int(pid < 0)])  # what the pictures of one walk past the camera share
-    rng = np.random.default_rng([city.seed, 3, abs(pid), camid, shot, int(pid < 0)])
-    cam, person = CAMERAS[camid], city.person(pid if pid > 0 else 10_000 + 1_000 * camid + shot)  # junk and distractors: somebody new each time
-    angle = np.deg2rad(cam.angle + (track.normal(0, 30) if track.random() < .6 else track.uniform(0, 360)) + rng.normal(0, 14))
-    size = 452 * person.height * (1 + rng.normal(0, .05) * city.loose)
-    top = 492 - size + rng.normal(0, 10) * city.loose
-    centre = 128 + rng.normal(0, 13) * city.loose + (0 if pid >= 0 else rng.choice([-150, 150]))
-    scene = _place(cam, city, rng)
-    layer = draw_person(person, angle, rng.uniform(0, 2 * np.pi), centre, top, size, cam.lean, cam.squash)
-    shadow = Image.new('L', scene.image.size, 0)
-    ImageDraw.Draw(shadow).ellipse([centre - 80, top + size - 30, centre + 80, top + size + 8], fill=110)
-    scene.image.paste((30, 30, 34), (0, 0), shadow)
-    scene.image.paste(layer, (0, 0), layer)
+    rng, cam = np.random.default_rng([city.seed, 3, abs(pid), camid, shot, int(pid < 0)]), CAMERAS[camid]
+    person = city.person(pid if pid > 0 else 10_000 + 1_000 * camid + shot)  # passers-by: somebody new each time
+    image = _scenery(cam, city, rng)
+    _stand(image, person, _pose(pid, camid, shot, cam, city, rng))
     if rng.random() < city.occlusion:
         front = _blocker(cam.blocker if rng.random() < .7 else rng.choice(['pole', 'bush', 'car', 'bike', 'bin']), rng)
-        scene.image.paste(front, (0, 0), front)
-    return _develop(np.asarray(scene.image.reduce(_SCALE), np.float32) / 255, cam, city, rng)
+        image.paste(front, (0, 0), front)
+    return _develop(np.asarray(image.reduce(_SCALE), np.float32) / 255, cam, city, rng)
 
-# %% ../nbs/01a_city.ipynb #c835d147
+# %% ../nbs/01a_city.ipynb #c2e5c25f
 def city_plan(city: City) -> list:  # of (folder, file name, pid, camid, shot), in a fixed order
     "All pictures of a city."
     rng, plan = np.random.default_rng([city.seed, 4]), []
-    def add(folder, pid, camid, shot): plan.append((folder, f'{pid:04d}_c{camid + 1}s1_{shot * 25:06d}_00.jpg' if pid >= 0 else f'-1_c{camid + 1}s1_{shot * 25:06d}_00.jpg', pid, camid, shot))
+    def add(folder, pid, camid, shot):
+        plan.append((folder, f'{pid:04d}'.replace('-001', '-1') + f'_c{camid + 1}s1_{shot * 25:06d}_00.jpg', pid, camid, shot))
     for pid in range(1, city.n_train + city.n_test + 1):
         seen = rng.permutation(len(CAMERAS))[:rng.integers(city.cameras_seen[0], city.cameras_seen[1] + 1)]
         for camid in sorted(seen):
@@ -424,7 +456,7 @@ def city_plan(city: City) -> list:  # of (folder, file name, pid, camid, shot), 
         for shot in range(n): add('bounding_box_test', pid, shot % len(CAMERAS), shot)
     return plan
 
-# %% ../nbs/01a_city.ipynb #20348564
+# %% ../nbs/01a_city.ipynb #4da2256d
 def city_folder(city: City) -> Path:
     "Where a city is kept: in the user's cache, under a name made from its settings and the renderer's version."
     key = hashlib.sha1(json.dumps([RENDERER, asdict(city)], sort_keys=True).encode()).hexdigest()[:10]
@@ -441,9 +473,16 @@ def write_city(city: City, folder: Path, n_threads: int = 0, progress: bool = Tr
     try:
         for split in ('bounding_box_train', 'query', 'bounding_box_test'): (part / split).mkdir()
         plan = city_plan(city)
-        with ThreadPoolExecutor(n_threads or os.cpu_count()) as pool: list(tqdm(pool.map(draw, plan), total=len(plan), desc='drawing the city', disable=not progress, leave=False))
-        try: part.rename(folder)
-        except OSError:  # somebody else finished first: theirs is the same
-            if not folder.is_dir(): raise
+        with ThreadPoolExecutor(n_threads or os.cpu_count()) as pool:
+            for _ in tqdm(pool.map(draw, plan), total=len(plan), desc='drawing the city', mininterval=1, disable=not progress, leave=False): pass
+        _rename(part, folder)
     finally: shutil.rmtree(part, ignore_errors=True)
     return folder
+
+# %% ../nbs/01a_city.ipynb #220e5ce3
+def _rename(part, folder):
+    "Gives a finished folder its name; if somebody else finished first, theirs is the same and stays."
+    part.chmod(0o755)  # mkdtemp makes private folders
+    try: part.rename(folder)
+    except OSError:
+        if not folder.is_dir(): raise

@@ -7,8 +7,8 @@ __all__ = ['BENCHMARKS', 'toy_embeddings', 'Split', 'ReIDDataset', 'Layout', 'Be
            'load_images', 'normalize', 'Augmentation', 'draw_augmentation', 'apply_augmentation', 'augment',
            'CameraAwareSampler']
 
-# %% ../nbs/01_data.ipynb #ff826274
-import hashlib, os, re, warnings
+# %% ../nbs/01_data.ipynb #147159d6
+import hashlib, os, re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,31 +35,37 @@ def toy_embeddings(n_ids: int = 12,  # identities
     x = people[pids] + camera_shift * cameras[camids] + noise * rng.normal(size=(len(pids), dim)) / np.sqrt(dim)
     return unit(x).astype(np.float32), pids, camids
 
-# %% ../nbs/01_data.ipynb #943371fc
+# %% ../nbs/01_data.ipynb #bfdfbdba
+def _open(path):
+    "The image at `path`, RGB, or an error that says which."
+    try:
+        with Image.open(path) as image: return image.convert('RGB')
+    except OSError as e: raise OSError(f'cannot read the image {path} ({type(e).__name__}). Copy it again from its source, or delete it and load with check_counts=False.') from e
+
+# %% ../nbs/01_data.ipynb #68d4b4f7
 @dataclass
 class Split:
-    "Images of one part of a data set, in sorted order of their files."
+    "Images of one part of a data set, in the order of their paths."
     paths: np.ndarray  # (N,) str
-    pids: np.ndarray  # (N,) int64, the data set's own numbers; 0 distractor (Market-1501), -1 unknown
+    pids: np.ndarray  # (N,) int64, the data set's own numbers; 0: distractor of Market-1501; -1: unknown
     camids: np.ndarray  # (N,) int64, from 0
 
-    def __len__(self): return len(self.paths)
-    def __repr__(self): return f'Split({len(self)} images, {len(np.unique(self.pids))} identities, {len(np.unique(self.camids))} cameras)'
+    def __len__(self):
+        return len(self.paths)
+
+    def __repr__(self):
+        return f'{len(self):6,} images, {len(np.unique(self.pids)):5,} identities, {len(np.unique(self.camids)):2} cameras'
+
     def where(self, keep: np.ndarray  # (N,) bool, or positions
              ) -> 'Split':
         "The images that `keep` picks."
         return Split(self.paths[keep], self.pids[keep], self.camids[keep])
+
     def image(self, i: int) -> Image.Image:
-        "Image `i`, RGB; OSError with its path if it cannot be read."
+        "Image `i` in RGB; OSError with its path if it cannot be read."
         return _open(self.paths[i])
 
-# %% ../nbs/01_data.ipynb #7c9f1c83
-def _open(path):
-    try:
-        with Image.open(path) as image: return image.convert('RGB')
-    except OSError as e: raise OSError(f'cannot read the image {path}: {e}. Copy it again from its source, or delete it and load with check_counts=False.') from e
-
-# %% ../nbs/01_data.ipynb #12e084ce
+# %% ../nbs/01_data.ipynb #8b3efb49
 @dataclass
 class ReIDDataset:
     "Training images, and the query and gallery to score with."
@@ -69,7 +75,9 @@ class ReIDDataset:
     query: Split
     gallery: Split
 
-    def __repr__(self): return '\n'.join([f'{self.name}'] + [f'  {part:8}{getattr(self, part)}' for part in ('train', 'query', 'gallery')])
+    def __repr__(self):
+        return '\n'.join([self.name] + [f'  {part:8}{getattr(self, part)}' for part in ('train', 'query', 'gallery')])
+
     def fingerprint(self) -> str:
         "Twelve characters that change when a file name, an identity or a camera does; kept with each run."
         h = hashlib.sha1()
@@ -77,146 +85,145 @@ class ReIDDataset:
             for path, pid, cam in zip(split.paths, split.pids, split.camids): h.update(f'{Path(path).name} {pid} {cam};'.encode())
         return h.hexdigest()[:12]
 
-# %% ../nbs/01_data.ipynb #1555ab14
+# %% ../nbs/01_data.ipynb #45ef4bed
 @dataclass(frozen=True)
 class Layout:
     "Where the splits are and what names say; a source is a folder, or 'folder:list.txt' when a list beside that folder names its images."
-    train: tuple  # sources, joined in this order
+    train: tuple  # sources, taken together
     query: tuple
     gallery: tuple
-    pattern: str  # regular expression with groups pid and camid, searched in each path under the folder, or in each line of the list
-    first_camera: int = 1  # the number of the first camera in names; camids start at 0
-    def sources(self): return (*self.train, *self.query, *self.gallery)
+    pattern: str  # regular expression with groups pid and camid, searched in each path below the folder, or in each line of the list
+    first_camera: int = 1  # number of the first camera in names; camids start at 0
+
+    def sources(self) -> tuple:
+        "All of them."
+        return (*self.train, *self.query, *self.gallery)
 
 @dataclass(frozen=True)
 class Benchmark:
-    "A data set's own folder names, the layouts it comes in, and how many images it has."
+    "What a data set's folder is called, the layouts it comes in, and how many images it has."
     folders: tuple
     layouts: tuple
-    counts: dict = field(default_factory=dict)  # split -> (images, identities or None)
+    counts: dict = field(default_factory=dict)  # split -> (images, identities; None: not checked)
 
-# %% ../nbs/01_data.ipynb #484f44bd
+# %% ../nbs/01_data.ipynb #7fa2bd78
 _NAME = r'(?:^|/)(?P<pid>-?\d+)_c(?P<camid>\d+)'  # 0002_c1s1_000451_03.jpg
 _LINE = r'(?:^|/)\d+_\d+_(?P<camid>\d+)_\S*\s+(?P<pid>\d+)$'  # 0000/0000_045_12_0303morning_0006_2.jpg 0
-
-def _msmt(train, test): return Layout((f'{train}:list_train.txt', f'{train}:list_val.txt'), (f'{test}:list_query.txt',), (f'{test}:list_gallery.txt',), _LINE)
 _CONVERTED = Layout(('bounding_box_train',), ('query',), ('bounding_box_test',), _NAME)
+_VERI = Layout(('image_train',), ('image_query',), ('image_test',), _NAME)
+_MSMT_V1, _MSMT_V2 = (Layout((f'{train}:list_train.txt', f'{train}:list_val.txt'), (f'{test}:list_query.txt',), (f'{test}:list_gallery.txt',), _LINE)
+                      for train, test in (('train', 'test'), ('mask_train_v2', 'mask_test_v2')))
 
 BENCHMARKS = {
-    'market1501': Benchmark(('Market-1501-v15.09.15', 'Market-1501', 'market1501'), (_CONVERTED,),
-                            dict(train=(12936, 751), query=(3368, 750), gallery=(15913, None))),
-    'msmt17': Benchmark(('MSMT17_V1', 'MSMT17_V2', 'MSMT17', 'msmt17'), (_msmt('train', 'test'), _msmt('mask_train_v2', 'mask_test_v2'), _CONVERTED),
-                        dict(train=(32621, 1041), query=(11659, 3060), gallery=(82161, None))),
-    'veri': Benchmark(('VeRi', 'VeRi-776', 'VeRi_with_plate', 'veri'), (Layout(('image_train',), ('image_query',), ('image_test',), _NAME), _CONVERTED),
-                      dict(train=(37778, 576), query=(1678, 200), gallery=(11579, None))),
+    'market1501': Benchmark(('Market-1501-v15.09.15', 'Market-1501', 'market1501'), (_CONVERTED,), dict(train=(12936, 751), query=(3368, 750), gallery=(15913, None))),
+    'msmt17': Benchmark(('MSMT17_V1', 'MSMT17_V2', 'MSMT17', 'msmt17'), (_MSMT_V1, _MSMT_V2, _CONVERTED), dict(train=(32621, 1041), query=(11659, 3060), gallery=(82161, None))),
+    'veri': Benchmark(('VeRi', 'VeRi-776', 'VeRi_with_plate', 'veri'), (_VERI, _CONVERTED), dict(train=(37778, 576), query=(1678, 200), gallery=(11579, None))),
 }
 
-# %% ../nbs/01_data.ipynb #0cdc4d27
-def _missing(folder, layout):
-    "What a layout needs and `folder` lacks."
-    parts = (p for s in layout.sources() for p in s.split(':'))
-    return [p for p in dict.fromkeys(parts) if not (folder / p).exists() and not (p.endswith('.txt') and any((folder / s.split(':')[0] / p).exists() for s in layout.sources() if s.endswith(p)))]
+# %% ../nbs/01_data.ipynb #02ab85f1
+def _has(folder, layout):
+    "Whether all that a layout needs is there."
+    return folder.is_dir() and all((folder / part).exists() for source in layout.sources() for part in source.split(':'))
+
+def _listing(folder, most=8):
+    "What is in a folder, cut short."
+    names = sorted(p.name for p in folder.iterdir())
+    return ', '.join(names[:most]) + (', …' if len(names) > most else '') or 'nothing'
 
 def _locate(name, root, benchmark):
-    "The first folder that has all a layout needs."
+    "The first folder and layout that fit, or FileNotFoundError."
     tried = [root / f for f in benchmark.folders] + [root]
     for folder in tried:
         for layout in benchmark.layouts:
-            if folder.is_dir() and not _missing(folder, layout): return folder, layout
-    wanted = ' | '.join(', '.join(dict.fromkeys(layout.sources())) for layout in benchmark.layouts)
-    found = '; '.join(f'{f}: {", ".join(sorted(p.name for p in f.iterdir())[:8]) or "empty"}' for f in tried if f.is_dir()) or f'{root} does not exist'
-    raise FileNotFoundError(f'no {name} found. Looked for: {wanted}. Looked in: {", ".join(map(str, tried))}. Found there: {found}. '
-                            f'Pass root= (the data set\'s folder or the one above it) or set CCC_DATA.')
+            if _has(folder, layout): return folder, layout
+    wanted = ', or '.join('{' + ', '.join(dict.fromkeys(layout.sources())) + '}' for layout in benchmark.layouts)
+    found = '; '.join(f'{f} holds {_listing(f)}' for f in tried if f.is_dir()) or f'{root} does not exist'
+    raise FileNotFoundError(f'no {name} found. Looked for {wanted} in {", ".join(map(str, tried))}. Found: {found}. '
+                            f"Pass root=, the data set's folder or the one above it, or set CCC_DATA.")
 
-# %% ../nbs/01_data.ipynb #752eef26
+# %% ../nbs/01_data.ipynb #aa546ac1
 _IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp')
 
 def _entries(folder, source):
-    "(path, text to parse) of a source's images, sorted by path."
+    "(path, text to parse) of each image of a source."
     base, _, listed = source.partition(':')
     base = folder / base
-    if listed:
-        lines = (folder / listed if (folder / listed).exists() else base / listed).read_text().split('\n')
-        return [(str(base / line.split()[0]), line.strip()) for line in sorted(lines) if line.strip()]
-    files = (os.path.relpath(os.path.join(d, f), base).replace(os.sep, '/') for d, _, names in os.walk(base) for f in names)
-    return [(str(base / f), f) for f in sorted(files) if f.lower().endswith(_IMAGES) and not os.path.basename(f).startswith('.')]
+    if listed: return [(str(base / line.split()[0]), line.strip()) for line in (folder / listed).read_text().splitlines() if line.strip()]
+    files = (Path(d, f).relative_to(base).as_posix() for d, _, names in os.walk(base) for f in names if f.lower().endswith(_IMAGES) and not f.startswith('.'))
+    return [(str(base / f), f) for f in files]
 
 def _numbers(path, text, pattern, first_camera):
-    "pid and 0-based camid that the pattern finds in a text; -1 and 0 for groups that the pattern does not have."
+    "pid and 0-based camid found in a text; a group that the pattern lacks gives -1, or camera 0."
     m = re.search(pattern, text)
-    if m is None: raise ValueError(f'name does not parse: {text!r} (file {path}) has no match for the pattern {pattern!r}. Rename or remove the file, or give another pattern.')
+    if m is None: raise ValueError(f'name does not parse: {text!r} has no match for {pattern!r} (file {path}). Rename or remove the file, or give another pattern.')
     g = m.groupdict()
     try: pid, cam = int(g.get('pid', -1)), int(g.get('camid', first_camera)) - first_camera
-    except (TypeError, ValueError): raise ValueError(f'name does not parse: pid and camid must be whole numbers, found {g} in {text!r}') from None
-    if cam < 0: raise ValueError(f'camera numbers must start at first_camera={first_camera}, found {g["camid"]} in {text!r}')
+    except (TypeError, ValueError): raise ValueError(f'name does not parse: pid and camid must be whole numbers, found {g} in {text!r} (file {path})') from None
+    if cam < 0: raise ValueError(f'camera numbers must start at first_camera={first_camera}, found {g["camid"]!r} in {text!r} (file {path})')
     return pid, cam
 
-# %% ../nbs/01_data.ipynb #ab116dfe
-def read_split(folder: Path,  # the data set's folder
-               sources: tuple,  # as in Layout
+# %% ../nbs/01_data.ipynb #4024d587
+def read_split(folder: str | Path,  # the data set's folder
+               sources: tuple,  # as in Layout; () for an empty split
                pattern: str, first_camera: int = 1,  # as in Layout
-              ) -> Split:  # junk (pid -1 in a name) left out
-    "Lists the images of some sources, with identity and camera from their names."
-    found = [e for s in sources for e in _entries(Path(folder), s)]
-    if sources and not found: raise ValueError(f'empty split: no image ({", ".join(_IMAGES)}) in {", ".join(str(Path(folder) / s) for s in sources)}. Was the archive unpacked completely?')
-    named = 'pid' in re.compile(pattern).groupindex
+              ) -> Split:  # sorted by path; junk (a pid of -1 in the name) left out
+    "Lists the images of some sources, with identity and camera from their names; ValueError for no image, or a name that does not parse."
+    found = sorted(e for s in sources for e in _entries(Path(folder), s))
+    if sources and not found: raise ValueError(f'empty split: no image ({", ".join(_IMAGES)}) in {", ".join(str(Path(folder) / s) for s in sources)}. Was the archive unpacked whole?')
     rows = [(path, *_numbers(path, text, pattern, first_camera)) for path, text in found]
-    rows = [r for r in rows if not named or r[1] != -1]
+    if 'pid' in re.compile(pattern).groupindex: rows = [r for r in rows if r[1] != -1]
     paths, pids, camids = zip(*rows) if rows else ((), (), ())
-    return Split(np.array(paths, dtype=str), np.array(pids, np.int64), np.array(camids, np.int64))
+    return Split(np.array(paths, str), np.array(pids, np.int64), np.array(camids, np.int64))
 
-# %% ../nbs/01_data.ipynb #a1068da6
-def _check_counts(name, folder, dataset, counts):
-    "Counts of a benchmark are part of its definition: other counts, other numbers in the table."
+# %% ../nbs/01_data.ipynb #c112ca47
+def _check_counts(dataset, counts):
+    "ValueError where a benchmark has other numbers of images or identities than published."
+    say = lambda n, k: f'{n:,} images' + (f' of {k:,} identities' if k else '')
     for part, (images, ids) in counts.items():
         split = getattr(dataset, part)
         seen = len(split), len(np.unique(split.pids)) if ids else None
-        if seen != (images, ids):
-            say = lambda n, k: f'{n:,} images' + (f' of {k:,} identities' if k else '')
-            raise ValueError(f'{name} {part}: expected {say(images, ids)}, found {say(*seen)} in {folder}. Unpack the archive again; or, if this is meant, pass check_counts=False.')
+        if seen != (images, ids): raise ValueError(f'{dataset.name} {part}: expected {say(images, ids)}, found {say(*seen)} in {dataset.root}. Unpack the archive again, or pass check_counts=False if this is meant.')
 
-# %% ../nbs/01_data.ipynb #6acae7c3
-def load_dataset(name: str = 'city',  # city, market1501, msmt17, veri or folder
-                 root: str | Path | None = None,  # data set's folder or the one above; None: $CCC_DATA, else ~/Dataset; of the city: its cache
-                 *, check_counts: bool = True,  # wrong number of images of a benchmark is an error
-                 city: City | None = None,  # settings of the rendered city
-                 pattern: str = _NAME,  # of 'folder': regular expression with groups pid and camid; without camid all are one camera, without pid all unknown
-                 train: str | tuple = 'train', query: str | tuple = 'query', gallery: str | tuple = 'gallery',  # of 'folder': its splits; () for none
-                 first_camera: int = 1,  # of 'folder': number of the first camera
-                ) -> ReIDDataset:
-    "Finds a data set and reads its lists; no image is opened."
-    if name == 'city': root = _city_root(city or City(), root)
-    root = Path(root or os.environ.get('CCC_DATA') or '~/Dataset').expanduser()
-    own = Layout(*((s,) if isinstance(s, str) else tuple(s) for s in (train, query, gallery)), pattern, first_camera)
-    known = {**BENCHMARKS, 'city': Benchmark((), (_CONVERTED,)), 'folder': Benchmark((), (own,))}
-    if name not in known: raise ValueError(f'dataset must be one of {", ".join(known)}, got {name!r}')
-    folder, layout = _locate(name, root, known[name])
-    parts = [read_split(folder, s, layout.pattern, layout.first_camera) for s in (layout.train, layout.query, layout.gallery)]
-    dataset = ReIDDataset(name, str(folder), *parts)
-    if check_counts: _check_counts(name, folder, dataset, known[name].counts)
-    return dataset
-
-# %% ../nbs/01_data.ipynb #cdc3e974
 def _city_root(city, root):
     "The city's folder, drawn first if need be."
     folder = city_folder(city) if root is None else Path(root).expanduser() / city_folder(city).name
     return folder if folder.is_dir() else write_city(city, folder)
 
-# %% ../nbs/01_data.ipynb #6d549f44
+# %% ../nbs/01_data.ipynb #b27f4e90
+def load_dataset(name: str = 'city',  # city, market1501, msmt17, veri or folder
+                 root: str | Path | None = None,  # data set's folder or the one above; None: $CCC_DATA, else ~/Dataset; for the city, its cache
+                 *, check_counts: bool = True,  # False: a benchmark may have other numbers of images than published
+                 city: City | None = None,  # settings of the rendered city
+                 pattern: str = _NAME,  # folder: regular expression with groups pid and camid; no camid: all one camera; no pid: all -1
+                 train: str | tuple = 'train', query: str | tuple = 'query', gallery: str | tuple = 'gallery',  # folder: sources of the splits; () for none
+                 first_camera: int = 1,  # folder: number of the first camera in names
+                ) -> ReIDDataset:
+    "Finds a data set and lists its images; none is opened. FileNotFoundError or ValueError say what was looked for, where, and what was found."
+    if name == 'city': root = _city_root(city or City(), root)
+    root = Path(root or os.environ.get('CCC_DATA') or '~/Dataset').expanduser()
+    own = Layout(*((s,) if isinstance(s, str) else tuple(s) for s in (train, query, gallery)), pattern, first_camera)
+    known = {'city': Benchmark((), (_CONVERTED,)), **BENCHMARKS, 'folder': Benchmark((), (own,))}
+    if name not in known: raise ValueError(f'dataset must be one of {", ".join(known)}, got {name!r}')
+    folder, layout = _locate(name, root, known[name])
+    parts = [read_split(folder, sources, layout.pattern, layout.first_camera) for sources in (layout.train, layout.query, layout.gallery)]
+    dataset = ReIDDataset(name, str(folder), *parts)
+    if check_counts: _check_counts(dataset, known[name].counts)
+    return dataset
+
+# %% ../nbs/01_data.ipynb #fbbc7dc9
 def subset(dataset: ReIDDataset, n_ids: int  # how many identities, at least 1
           ) -> ReIDDataset:
-    "A small data set of the same kind: the first identities of training and of the test, in sorted order, without distractors."
+    "The first identities of training and of the test, in sorted order, without distractors."
     if n_ids < 1: raise ValueError(f'n_ids must be at least 1, got {n_ids}')
-    first = lambda split: np.unique(split.pids)[:n_ids]
-    test = first(dataset.query)
+    first, test = np.unique(dataset.train.pids)[:n_ids], np.unique(dataset.query.pids)[:n_ids]
     keep = lambda split, ids: split.where(np.isin(split.pids, ids))
-    return ReIDDataset(f'{dataset.name}-{n_ids}', dataset.root, keep(dataset.train, first(dataset.train)), keep(dataset.query, test), keep(dataset.gallery, test))
+    return ReIDDataset(f'{dataset.name}-{n_ids}', dataset.root, keep(dataset.train, first), keep(dataset.query, test), keep(dataset.gallery, test))
 
-# %% ../nbs/01_data.ipynb #437da7e3
+# %% ../nbs/01_data.ipynb #a7645b74
 def load_images(split: Split, height: int, width: int,  # of the result, pixels
                 num_workers: int = 0,  # threads; 0: one per core, at most 16
                 progress: bool = True):  # torch.uint8 (N, 3, height, width)
-    "Decodes a split and resizes it (bilinear)."
+    "Decodes a split and resizes it (bilinear); OSError with the path of an image that cannot be read."
     import torch
     from tqdm.auto import tqdm
     out = torch.empty((len(split), 3, height, width), dtype=torch.uint8)
@@ -226,116 +233,128 @@ def load_images(split: Split, height: int, width: int,  # of the result, pixels
         for _ in tqdm(pool.map(load, range(len(split))), total=len(split), desc='decoding', disable=not progress, leave=False): pass
     return out
 
-# %% ../nbs/01_data.ipynb #44ba0d53
+# %% ../nbs/01_data.ipynb #2abe909e
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-def normalize(images):  # uint8 (B, 3, H, W), any device
-    "To float32 with the mean and deviation of ImageNet, which pretrained weights expect."
+def normalize(images):  # uint8 (B, 3, H, W), any device; gives float32 (B, 3, H, W)
+    "To float32 with the mean and deviation of ImageNet."
     import torch
     stat = lambda v: torch.tensor(v, device=images.device).view(1, 3, 1, 1)
-    return (images.float() / 255 - stat(_MEAN)) / stat(_STD)  # (B, 3, H, W)
+    return (images.float() / 255 - stat(_MEAN)) / stat(_STD)
 
-# %% ../nbs/01_data.ipynb #b2d05513
+# %% ../nbs/01_data.ipynb #36533dd5
 @dataclass
 class Augmentation:
     "What happens to each image of a batch; torch tensors on the CPU."
     flip: 'torch.Tensor'  # (B,) bool
     top: 'torch.Tensor'  # (B,) int64, first row of the crop in the padded image
-    left: 'torch.Tensor'  # (B,) int64
-    box: 'torch.Tensor'  # (B, 4) int64: y, x, height, width of the erased rectangle; height 0 for none
+    left: 'torch.Tensor'  # (B,) int64, first column
+    box: 'torch.Tensor'  # (B, 4) int64: y, x, height and width of the erased rectangle; all 0 for none
     pad: int = 10  # pixels of black on each side
 
-# %% ../nbs/01_data.ipynb #788c2a54
-def draw_augmentation(n: int, height: int, width: int,  # images and their size
-                      generator=None,  # torch.Generator on the CPU; None: torch's own
-                      flip: float = .5, pad: int = 10, erase: float = .5,  # probability, pixels, probability
-                      area: tuple = (.02, .4), ratio: tuple = (.3, 1 / .3),  # of the rectangle: share of the image; height / width
-                      tries: int = 10,  # rectangles tried until one fits; none of ten fits about once in a million
-                     ) -> Augmentation:
-    "Throws the dice for a batch."
+# %% ../nbs/01_data.ipynb #c3c70172
+def _rectangles(v, height, width, area, ratio):
+    "First of several drawn rectangles that fits: (B, 4) int64, zeros where none does; v (B, 4, tries) uniform."
     import torch
-    u = torch.rand(n, 4, generator=generator)
-    v = torch.rand(n, 4, tries, generator=generator, dtype=torch.float64)
-    a = (area[0] + v[:, 0] * (area[1] - area[0])) * height * width  # (n, tries)
+    a = (area[0] + v[:, 0] * (area[1] - area[0])) * height * width  # (B, tries)
     r = ratio[0] + v[:, 1] * (ratio[1] - ratio[0])
     h, w = (a * r).sqrt().round().long(), (a / r).sqrt().round().long()
     y, x = (v[:, 2] * (height - h + 1)).long(), (v[:, 3] * (width - w + 1)).long()
     fits = (h < height) & (w < width)
     first = fits.int().argmax(1, keepdim=True)
-    box = torch.stack([t.gather(1, first)[:, 0] for t in (y, x, h, w)], 1)  # (n, 4)
-    box *= ((u[:, 3] < erase) & fits.any(1))[:, None]
+    return torch.stack([t.gather(1, first)[:, 0] for t in (y, x, h, w)], 1) * fits.any(1)[:, None]
+
+# %% ../nbs/01_data.ipynb #74aa7a6f
+def draw_augmentation(n: int, height: int, width: int,  # images and their size
+                      generator=None,  # torch.Generator on the CPU; None: torch's own
+                      flip: float = .5, pad: int = 10, erase: float = .5,  # probability, pixels, probability
+                      area: tuple = (.02, .4), ratio: tuple = (.3, 1 / .3),  # of the rectangle: share of the image, height / width
+                      tries: int = 10,  # rectangles drawn for each image
+                     ) -> Augmentation:
+    "Throws the dice for a batch."
+    import torch
+    u = torch.rand(n, 4, generator=generator)
+    v = torch.rand(n, 4, tries, generator=generator, dtype=torch.float64)
+    box = _rectangles(v, height, width, area, ratio) * (u[:, 3] < erase)[:, None]
     return Augmentation(u[:, 0] < flip, (u[:, 1] * (2 * pad + 1)).long(), (u[:, 2] * (2 * pad + 1)).long(), box, pad)
 
-# %% ../nbs/01_data.ipynb #8a60d4b2
+# %% ../nbs/01_data.ipynb #0757c8ad
 def apply_augmentation(images,  # uint8 (B, 3, H, W)
-                       a: Augmentation):  # float32 (B, 3, H, W), normalised
-    "Flip, pad, crop, normalise, erase: one gather, whatever the batch."
+                       a: Augmentation):  # gives float32 (B, 3, H, W), normalised
+    "Flip, pad, crop, normalise, erase, for a whole batch at once."
     import torch
     (n, _, height, width), device = images.shape, images.device
-    to = lambda t: t.to(device)
+    to = lambda t: t.to(device, non_blocking=True)
     padded = torch.nn.functional.pad(images, (a.pad,) * 4)  # (B, 3, H + 2 pad, W + 2 pad)
-    rows = to(a.top)[:, None] + torch.arange(height, device=device)  # (B, H)
-    cols = to(a.left)[:, None] + torch.arange(width, device=device)  # (B, W)
-    cols = torch.where(to(a.flip)[:, None], width + 2 * a.pad - 1 - cols, cols)  # flipping before the crop: read from the other end
-    batch, channel = torch.arange(n, device=device)[:, None, None, None], torch.arange(3, device=device)[:, None, None]
+    ys, xs = torch.arange(height, device=device), torch.arange(width, device=device)
+    rows, cols = to(a.top)[:, None] + ys, to(a.left)[:, None] + xs  # (B, H), (B, W)
+    cols = torch.where(to(a.flip)[:, None], width + 2 * a.pad - 1 - cols, cols)
+    batch, channel = torch.arange(n, device=device).view(n, 1, 1, 1), torch.arange(3, device=device).view(1, 3, 1, 1)
     out = normalize(padded[batch, channel, rows[:, None, :, None], cols[:, None, None, :]])
     y, x, h, w = (t[:, None] for t in to(a.box).unbind(1))
-    ys, xs = torch.arange(height, device=device), torch.arange(width, device=device)
     inside = ((ys >= y) & (ys < y + h))[:, None, :, None] & ((xs >= x) & (xs < x + w))[:, None, None, :]  # (B, 1, H, W)
-    return torch.where(inside, torch.tensor(_MEAN, device=device).view(1, 3, 1, 1), out)  # the published filling: the mean's numbers, in normalised space
+    return torch.where(inside, torch.tensor(_MEAN, device=device).view(1, 3, 1, 1), out)
 
-def augment(images, generator=None, **options):
-    "A training batch: uint8 (B, 3, H, W) to float32; options as of `draw_augmentation`."
+def augment(images,  # uint8 (B, 3, H, W)
+            generator=None,  # torch.Generator on the CPU
+            **options):  # as of draw_augmentation
+    "A training batch: float32 (B, 3, H, W), normalised."
     return apply_augmentation(images, draw_augmentation(len(images), *images.shape[2:], generator, **options))
 
-# %% ../nbs/01_data.ipynb #1d0cebae
+# %% ../nbs/01_data.ipynb #6a54aef6
+def _draw_cluster(members, camids, n, rng):
+    "n positions of one cluster: an anchor, then what other cameras saw."
+    anchor = rng.choice(members)
+    others = members[camids[members] != camids[anchor]]
+    if not len(others): others = members[members != anchor]
+    first = rng.permutation(others)[:n - 1]
+    return np.concatenate([[anchor], first, rng.choice(others, n - 1 - len(first))])
+
+# %% ../nbs/01_data.ipynb #836ba5f7
+def _groups(labels):
+    "Positions of each cluster with at least two members, by ascending label."
+    order = np.argsort(labels, kind='stable')
+    groups = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1) if len(order) else []
+    return [g for g in groups if len(g) > 1 and labels[g[0]] >= 0]
+
+# %% ../nbs/01_data.ipynb #2aff3e20
 class CameraAwareSampler:
-    "Positions for batches of `batch_size / num_instances` clusters, each seen by as many cameras as it can be."
+    "Positions for batches of `batch_size / num_instances` clusters, each as many cameras saw it; iterating gives one pass."
+
     def __init__(self, labels: np.ndarray,  # (N,) pseudo-labels; -1 is never drawn
-                 camids: np.ndarray | None = None,  # (N,) cameras; None: all other members of the anchor's cluster are alike
+                 camids: np.ndarray | None = None,  # (N,) cameras; None: cameras are ignored
                  num_instances: int = 16,  # images of a cluster in a batch
                  batch_size: int = 256,  # a multiple of num_instances
                  seed: int | tuple = 0):  # with the pass number, all that the order depends on
-        if batch_size < num_instances or batch_size % num_instances: raise ValueError(f'batch_size must be a multiple of num_instances, got {batch_size} and {num_instances}')
+        if num_instances < 1 or batch_size < num_instances or batch_size % num_instances:
+            raise ValueError(f'batch_size must be a multiple of num_instances, got batch_size={batch_size} and num_instances={num_instances}')
         labels = np.asarray(labels)
         self.camids = np.zeros(len(labels), np.int64) if camids is None else np.asarray(camids)
-        if self.camids.shape != labels.shape: raise ValueError(f'labels and camids must be of one length, got {labels.shape} and {self.camids.shape}')
-        order = np.argsort(labels, kind='stable')
-        groups = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
-        self.clusters = [g for g in groups if len(g) > 1 and labels[g[0]] >= 0]
-        if not self.clusters: raise ValueError(f'no cluster to draw from: of {len(labels)} labels, {int((labels < 0).sum())} are outliers and no cluster has two members')
-        self.num_instances, self.batch_size, self.seed, self.pass_ = num_instances, batch_size, seed, 0
-        self.per_batch = batch_size // num_instances
+        if self.camids.shape != labels.shape: raise ValueError(f'labels and camids must have one length, got {labels.shape} and {self.camids.shape}')
+        self.clusters = _groups(labels)
+        if not self.clusters: raise ValueError(f'no cluster to draw from: of {len(labels)} labels {int((labels < 0).sum())} are outliers, and no cluster has two members')
+        self.num_instances, self.batch_size, self.seed, self.next_pass = num_instances, batch_size, seed, 0
 
-    def set_pass(self, n: int):
-        "The next pass is pass `n`."
-        self.pass_ = int(n)
-        return self
-
-    def __len__(self): return max(1, len(self.clusters) // self.per_batch) * self.batch_size
+    def __len__(self):
+        return max(1, len(self.clusters) * self.num_instances // self.batch_size) * self.batch_size
 
     def __iter__(self):
-        n, self.pass_ = self.pass_, self.pass_ + 1
-        return iter(self.draw(n).tolist())
+        self.next_pass += 1
+        return iter(self.draw(self.next_pass - 1).tolist())
+
+    def set_pass(self, n: int  # from 0
+                ) -> 'CameraAwareSampler':
+        "Makes pass `n` the next one."
+        self.next_pass = int(n)
+        return self
 
     def batches(self):
-        "Batches (batch_size,) int64 for ever, pass after pass."
-        while True:
-            n, self.pass_ = self.pass_, self.pass_ + 1
-            yield from self.draw(n).reshape(-1, self.batch_size)
+        "Batches of positions, (batch_size,) int64, for ever: pass after pass."
+        while True: yield from np.array(list(self), np.int64).reshape(-1, self.batch_size)
 
     def draw(self, n: int) -> np.ndarray:  # (len(self),) int64
-        "The positions of pass `n`."
-        rng, rounds = np.random.default_rng([*np.atleast_1d(self.seed).tolist(), int(n)]), []
-        need = len(self) // self.num_instances
-        while sum(map(len, rounds)) < need: rounds.append(rng.permutation(len(self.clusters)))  # a pass too short for a batch is strung together with others
-        return np.concatenate([self._cluster(self.clusters[c], rng) for c in np.concatenate(rounds)[:need]])
-
-    def _cluster(self, members, rng):
-        "An anchor, then members that other cameras saw; other members if there are none."
-        anchor = rng.choice(members)
-        others = members[self.camids[members] != self.camids[anchor]]
-        if not len(others): others = members[members != anchor]
-        need = self.num_instances - 1
-        more = rng.permutation(others)[:need]
-        return np.concatenate([[anchor], more, rng.choice(others, need - len(more))]).astype(np.int64)
+        "The positions of pass `n`, without looking at what was drawn before."
+        rng, order = np.random.default_rng([*np.atleast_1d(self.seed).tolist(), int(n)]), []
+        while len(order) * self.num_instances < len(self): order.extend(rng.permutation(len(self.clusters)))  # too few clusters for a batch: further rounds are strung on
+        order = order[:len(self) // self.num_instances]
+        return np.concatenate([_draw_cluster(self.clusters[c], self.camids, self.num_instances, rng) for c in order])

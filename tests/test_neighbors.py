@@ -1,0 +1,68 @@
+"Neighbours and the Jaccard graph: golden values both ways, FAISS = torch, copies, threads, index types."
+import sys
+
+import numpy as np
+import pytest
+from conftest import golden
+from scipy.sparse import csr_array
+
+from ccc import neighbors
+from ccc.neighbors import jaccard_distance, jaccard_from_weights, k_reciprocal, knn, to_dense
+
+
+@pytest.mark.parametrize('k1, k2', [(30, 6), (20, 6), (20, 1)])
+def test_golden_jaccard(k1, k2):
+    g = golden('jaccard')
+    graph = jaccard_distance(g['features'], k1, k2)
+    np.testing.assert_allclose(to_dense(graph), g[f'jaccard_k1_{k1}_k2_{k2}'], atol=1e-5)
+    assert graph.data.max() < 1 and graph.indices.dtype == graph.indptr.dtype == np.int32
+
+
+def test_golden_jaccard_both_ways(both_ways):
+    both_ways(neighbors, '_neighbors_kernels')
+    g = golden('jaccard')
+    np.testing.assert_allclose(to_dense(jaccard_distance(g['features'], 20, 1)), g['jaccard_k1_20_k2_1'], atol=1e-5)
+
+
+def test_number_of_threads_changes_nothing():
+    x = golden('jaccard')['features']
+    one, many = jaccard_distance(x, n_threads=1), jaccard_distance(x, n_threads=5)
+    for a, b in [(one.indptr, many.indptr), (one.indices, many.indices), (one.data, many.data)]:
+        np.testing.assert_array_equal(a, b)
+
+
+def test_kernels_take_64_bit_offsets():
+    x = golden('jaccard')['features']
+    V = k_reciprocal(x, knn(x, 31)[1])
+    narrow = jaccard_from_weights(V)
+    wide = csr_array(V.shape, dtype=np.float32)
+    wide.data, wide.indices, wide.indptr = V.data, V.indices.astype(np.int64), V.indptr.astype(np.int64)
+    np.testing.assert_array_equal(to_dense(jaccard_from_weights(wide)), to_dense(narrow))
+
+
+def test_without_faiss_torch_finds_the_same(monkeypatch):
+    x = golden('jaccard')['features']
+    distances, indices = knn(x, 31)
+    monkeypatch.setitem(sys.modules, 'faiss', None)      # `import faiss` now fails
+    torch_distances, torch_indices = knn(x, 31)
+    np.testing.assert_allclose(torch_distances, distances, atol=1e-5)
+    np.testing.assert_array_equal(torch_indices, indices)
+
+
+def test_copies_do_not_push_a_sample_out_of_its_own_list():
+    x = np.repeat(np.eye(3, dtype=np.float32), 20, axis=0)
+    distances, indices = knn(x, 5)
+    np.testing.assert_array_equal(indices[:, 0], np.arange(60))
+    np.testing.assert_array_equal(distances, 0)
+    assert all(len(set(row)) == 5 for row in indices)
+    blocks = to_dense(jaccard_distance(x, k1=19, k2=6))
+    assert (blocks[:20, 20:] == 1).all()
+
+
+@pytest.mark.parametrize('call, rule', [
+    (lambda x: knn(x, 0), 'k counts the sample itself'), (lambda x: knn(x[:, 0], 1), r'\(N, D\)'),
+    (lambda x: knn(x * np.nan, 2), 'finite'), (lambda x: jaccard_distance(x, k1=len(x)), 'k1=500'),
+    (lambda x: jaccard_distance(x, 5, 7), 'k2=7')])
+def test_errors_name_the_rule(call, rule):
+    with pytest.raises(ValueError, match=rule):
+        call(golden('jaccard')['features'])

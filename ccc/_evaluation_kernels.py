@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['is_compiled', 'rank_rows', 'blend_rows']
 
-# %% ../nbs/07a_evaluation_kernels.ipynb #d8ed9da0
+# %% ../nbs/07a_evaluation_kernels.ipynb #d314df98
 import cython
 from cython.parallel import prange, threadid
+import joblib
 import numpy as np
-
-from ._neighbors_kernels import threads
 
 # %% ../nbs/07a_evaluation_kernels.ipynb #d0cd55e0
 def is_compiled() -> bool:
@@ -176,7 +175,7 @@ def _rank_row(i: cython.Py_ssize_t, t: cython.Py_ssize_t, distmat: cython.const[
             _count_many(i, t, m, distmat, matches, closer)
         _score(i, t, hi[i] - lo[i], m, distmat, own, matches, closer, ap, first, last)
 
-# %% ../nbs/07a_evaluation_kernels.ipynb #79792a93
+# %% ../nbs/07a_evaluation_kernels.ipynb #402031b8
 def rank_rows(distmat: cython.const[_Real][:, ::1],  # (Q, G) float32 or float64
               order: _L1,                  # (G,) int64 gallery positions ordered by person
               lo: _L1, hi: _L1,            # (Q,) int64 each query's person is order[lo:hi]
@@ -184,7 +183,7 @@ def rank_rows(distmat: cython.const[_Real][:, ::1],  # (Q, G) float32 or float64
               n_threads: cython.int = 0):  # 0: every core
     "Per query `(ap, rank of the first match, rank of the last, number of matches)`; no match: NaN, 0, 0, 0; a NaN in the row: -1 matches."
     n: cython.Py_ssize_t = distmat.shape[0]
-    nt: cython.int = threads(n_threads)
+    nt: cython.int = n_threads if n_threads > 0 else joblib.cpu_count()
     i: cython.Py_ssize_t
     most: cython.Py_ssize_t = 1
     for i in range(n):
@@ -223,7 +222,7 @@ def _blend_row(i: cython.Py_ssize_t, t: cython.Py_ssize_t, ip: _L1, ix: _I1, vx:
         shared[t, j] = 0
         distances[i, j] = (1 - share) * (1 - s / (2 - s)) + share * distances[i, j]
 
-# %% ../nbs/07a_evaluation_kernels.ipynb #83370e9b
+# %% ../nbs/07a_evaluation_kernels.ipynb #c42667d2
 def blend_rows(ip: _L1, ix: _I1, vx: _F1,    # weights of the block's queries, CSR (B, N): offsets int64, columns int32, float32
                cp: _L1, cx: _I1, cv: _F1,    # weights of the gallery, CSC (G, N)
                share: cython.float,          # lambda, of the original distance
@@ -231,7 +230,7 @@ def blend_rows(ip: _L1, ix: _I1, vx: _F1,    # weights of the block's queries, C
                n_threads: cython.int = 0):   # 0: every core
     "Overwrite distances by (1 - share) * Jaccard + share * distances."
     n: cython.Py_ssize_t = distances.shape[0]
-    nt: cython.int = threads(n_threads)
+    nt: cython.int = n_threads if n_threads > 0 else joblib.cpu_count()
     i: cython.Py_ssize_t
     shared: _MF2 = np.zeros((nt, distances.shape[1]), np.float32)
     for i in prange(n, nogil=True, schedule='dynamic', num_threads=nt):

@@ -242,17 +242,20 @@ def _follow(labels, before):
     number[number < 0] = shared.shape[1] + np.arange((number < 0).sum())
     return np.where(labels < 0, -1, number[labels] if k else -1)
 
-# %% ../nbs/00_viz.ipynb #2bc1de14
+# %% ../nbs/00_viz.ipynb #cefdca2c
 def _read_epochs(run):
     "The label files of a run: {epoch: arrays}, ascending."
     files = sorted(Path(run).glob('labels/epoch_*.npz'))
     if not files: raise FileNotFoundError(f"a run folder holds labels/epoch_000.npz and so on; found none in {run}")
-    return {int(f.stem.split('_')[1]): dict(np.load(f)) for f in files}
+    epochs = {int(f.stem.split('_')[1]): dict(np.load(f)) for f in files}
+    without = [e for e, arrays in epochs.items() if not {'map', 'map_index'} <= set(arrays)]
+    if without: raise ValueError(f"label files must hold `map` and `map_index` (train with maps=True), got none in epochs {without}")
+    return epochs
 
 def _read_metrics(run):
     "The lines of `metrics.jsonl`; none if the run has not got there yet."
     f = Path(run)/'metrics.jsonl'
-    return [json.loads(line) for line in f.read_text().splitlines() if line.strip()] if f.exists() else []
+    return [json.loads(line) for line in f.read_text().splitlines() if line.rstrip().endswith('}')] if f.exists() else []    # a killed run may leave half a line
 
 def _spread(n, most):
     "At most `most` of 0..n-1, evenly spread, both ends included."

@@ -153,6 +153,16 @@ def test_evolution_of_one_epoch_all_outliers(run):
     drawn(viz.plot_evolution(run))
 
 
+def test_evolution_of_a_killed_run_and_of_one_without_maps(run):
+    (run/'metrics.jsonl').write_text('{"epoch": 0, "nmi": 0.5}\n{"epoch": 1, "nm')
+    drawn(viz.plot_evolution(run))
+    arrays = dict(np.load(run/'labels/epoch_001.npz'))
+    del arrays['map']
+    np.savez(run/'labels/epoch_001.npz', **arrays)
+    with pytest.raises(ValueError, match=r'maps=True\), got none in epochs \[1\]'):
+        viz.plot_evolution(run)
+
+
 def test_images_of_every_kind(tmp_path):
     a = np.random.default_rng(0).integers(0, 256, (2, 96, 48, 3), dtype=np.uint8)
     Image.fromarray(a[1]).save(tmp_path/'a.png')

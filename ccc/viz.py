@@ -108,17 +108,21 @@ def _number_groups(ax, xy, groups, most=40):
         ax.annotate(str(j), (np.median(at[:, 0]), at[:, 1].max()), (0, 3), textcoords='offset points', fontsize=8, ha='center', zorder=3,
                     path_effects=[pe.withStroke(linewidth=2, foreground='white')])
 
-# %% ../nbs/00_viz.ipynb #204242a6
+# %% ../nbs/00_viz.ipynb #30dff25d
 def _count(n, one, many=None):
     "'1 cluster', '3 clusters'."
     return f'{n:,} {one if n == 1 else many or one + "s"}'
 
-def _panel_clusters(ax, xy, groups, title=None):
+def _panel_clusters(ax, xy, groups, title):
     "Clusters by colour and shape, numbered while there is room."
     _draw_groups(ax, xy, groups)
     _number_groups(ax, xy, groups)
+    ax.set_title(title)
+
+def _cluster_title(groups):
+    "'12 clusters, 24 outliers (grey)': of all points, drawn or not."
     out = int((groups < 0).sum())
-    ax.set_title(title or _count(len(np.unique(groups[groups >= 0])), 'cluster') + (f', {_count(out, "outlier")} (grey)' if out else ''))
+    return _count(len(np.unique(groups[groups >= 0])), 'cluster') + (f', {_count(out, "outlier")} (grey)' if out else '')
 
 def _panel_confidence(ax, xy, labels, confidence):
     "Confidence on a sequential scale; the least sure members lie on top, as they are the ones to look for."
@@ -136,7 +140,7 @@ def _panel_cameras(ax, xy, camids):
               handletextpad=0, columnspacing=.6)
     ax.set_title(_count(len(np.unique(camids)), 'camera'))
 
-# %% ../nbs/00_viz.ipynb #d87190eb
+# %% ../nbs/00_viz.ipynb #0a0729bc
 def _figure(n_panels, width=4.2, height=4.0):
     "A figure of `n_panels` axes that pyplot forgets at once, so that a notebook shows it only when it is returned."
     import matplotlib.pyplot as plt
@@ -152,16 +156,16 @@ def _bare(ax):
     ax.margins(.08)
     ax.set_aspect('equal', 'datalim')
 
-def _panels(labels=None, confidence=None, camids=None, pids=None):
-    "What `plot_umap` draws: a function of (axes, map) for each thing known of the points."
-    draw = []
-    if labels is not None: draw.append(lambda ax, xy: _panel_clusters(ax, xy, labels))
-    if confidence is not None: draw.append(lambda ax, xy: _panel_confidence(ax, xy, labels, confidence))
-    if camids is not None: draw.append(lambda ax, xy: _panel_cameras(ax, xy, camids))
-    if pids is not None: draw.append(lambda ax, xy: _panel_clusters(ax, xy, pids, _count(len(np.unique(pids[pids >= 0])), 'true identity', 'true identities')))
-    return draw or [lambda ax, xy: ax.scatter(*xy.T, s=20, c=_COLOURS[0], linewidths=.3, edgecolors='white') and None]
+def _panels(keep, labels=None, confidence=None, camids=None, pids=None):
+    "What `plot_umap` draws of the points `keep`: a function of (axes, map) for each thing known; titles count all points."
+    draw, shown = [], None if labels is None else labels[keep]
+    if labels is not None: draw.append(lambda ax, xy: _panel_clusters(ax, xy, shown, _cluster_title(labels)))
+    if confidence is not None: draw.append(lambda ax, xy: _panel_confidence(ax, xy, shown, confidence[keep]))
+    if camids is not None: draw.append(lambda ax, xy: _panel_cameras(ax, xy, camids[keep]))
+    if pids is not None: draw.append(lambda ax, xy: _panel_clusters(ax, xy, pids[keep], _count(len(np.unique(pids[pids >= 0])), 'true identity', 'true identities')))
+    return draw or [lambda ax, xy: ax.scatter(*xy.T, s=20, c=_COLOURS[0], linewidths=.3, edgecolors='white')]
 
-# %% ../nbs/00_viz.ipynb #b9e7ab85
+# %% ../nbs/00_viz.ipynb #e0df9211
 def plot_umap(x=None,           # embeddings (N, D); may be None when `xy` is given
               labels=None,      # pseudo-labels (N,) int, -1 = outlier: a panel of clusters
               confidence=None,  # (N,) in [0, 1]: a panel on a sequential scale
@@ -181,7 +185,7 @@ def plot_umap(x=None,           # embeddings (N, D); may be None when `xy` is gi
     given = {k: _per_point(k, v, len(points)) for k, v in dict(labels=labels, confidence=confidence, camids=camids, pids=pids).items()}
     keep = sample_points(len(points), max_points, random_state)
     at = umap_map(points[keep], n_neighbors, random_state=random_state) if xy is None else points[keep]
-    draw = _panels(**{k: None if v is None else v[keep] for k, v in given.items()})
+    draw = _panels(keep, **given)
     fig, axes = _figure(len(draw))
     for ax, panel in zip(axes, draw): panel(ax, at); _bare(ax)
     sampled = f'{len(keep):,} of {len(points):,} points, drawn at random' if len(keep) < len(points) else None

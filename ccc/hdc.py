@@ -280,7 +280,14 @@ def converged(shifts: list,       # shift of every round so far
     late = shifts[min_iter:]
     return shifts[-1] == 0 or (len(late) > 0 and len(late) - 1 - int(np.argmin(late)) > patience)
 
-# %% ../nbs/04_hdc.ipynb #3046583a
+# %% ../nbs/04_hdc.ipynb #1a923c13
+def _distinct(starts, n, random):
+    "k-means++ repeats a start where X holds copies: other samples take the place of repeats."
+    first = np.unique(starts, return_index=True)[1]
+    others = np.setdiff1d(random.permutation(n), starts, assume_unique=True)
+    return np.r_[starts[np.sort(first)], others[:len(starts) - len(first)]]
+
+# %% ../nbs/04_hdc.ipynb #88acd3ac
 class HDC(ClusterMixin, BaseEstimator):
     "Harmonic Discrepancy Clustering (3C, arXiv 2408.09464, Algorithm 1), sparse and exact."
     def __init__(self,
@@ -341,6 +348,6 @@ class HDC(ClusterMixin, BaseEstimator):
             return starts
         random = check_random_state(self.random_state)
         if self.init == 'k-means++': return graph_plusplus(graph, self.n_clusters, random)
-        if self.init == 'k-means++-x': return kmeans_plusplus(X, self.n_clusters, random_state=random)[1]
+        if self.init == 'k-means++-x': return _distinct(kmeans_plusplus(X, self.n_clusters, random_state=random)[1], len(X), random)
         if self.init == 'random': return random.choice(len(X), self.n_clusters, replace=False)
         raise ValueError(f"init must be 'k-means++', 'k-means++-x', 'random' or an array of sample indices; got {self.init!r}")

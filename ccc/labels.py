@@ -19,7 +19,7 @@ from sklearn.neighbors import sort_graph_by_row_values
 from .hdc import HDC, as_graph, cluster_means, pairwise_distance
 from .neighbors import jaccard_distance
 
-# %% ../nbs/05_labels.ipynb #58a2c28c
+# %% ../nbs/05_labels.ipynb #7bcf490b
 OUTLIER = -1
 
 def _camera_shares(labels, camids):
@@ -46,7 +46,7 @@ class PseudoLabels:
                        ) -> np.ndarray:  # (K,) bits
         "Entropy of the cameras inside each cluster: 0 where one camera has all members."
         p = _camera_shares(self.labels, camids)
-        return -(p * np.log2(np.where(p > 0, p, 1))).sum(axis=1)
+        return (p * np.log2(1 / np.where(p > 0, p, 1))).sum(axis=1)
 
 # %% ../nbs/05_labels.ipynb #7f86c1f7
 def drop_small_clusters(labels: np.ndarray,      # (N,) int, OUTLIER = -1

@@ -6,7 +6,7 @@
 __all__ = ['RENDERER', 'CAMERAS', 'City', 'Person', 'make_person', 'draw_person', 'Camera', 'render', 'city_plan', 'city_folder',
            'write_city']
 
-# %% ../nbs/01a_city.ipynb #7dbca330
+# %% ../nbs/01a_city.ipynb #d619b801
 import hashlib, json, os, shutil, tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -15,24 +15,26 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-RENDERER = 2  # goes up when the drawing changes, so that no old cache is read
+RENDERER = 3  # goes up when the drawing changes, so that no old cache is read
 
-# %% ../nbs/01a_city.ipynb #be803eaf
+# %% ../nbs/01a_city.ipynb #36234a74
 @dataclass(frozen=True)
 class City:
-    "What is drawn, and how hard it is; 0 switches a difficulty off, 1 is as intended."
+    "What is drawn, and how hard it is; 0 switches a difficulty off."
     n_train: int = 60  # identities for training
     n_test: int = 40  # identities for query and gallery, other people than the training's
     n_distractors: int = 60  # gallery images of people who are no query (pid 0)
     n_junk: int = 30  # gallery images with hardly anybody in them (pid -1)
     cameras_seen: tuple = (4, 6)  # fewest and most cameras that see a person
     per_camera: tuple = (2, 4)  # fewest and most images of a person in one camera
-    cast: float = 1.0  # strength of each camera's colour cast
-    light: float = 1.0  # strength of each camera's gamma and of the light that changes between images
+    cast: float = 1.8  # strength of each camera's colour cast, times what CAMERAS says
+    light: float = 1.0  # strength of each camera's gamma and of the light that changes between images, likewise
     blur: float = 1.0  # loss of sharpness
     noise: float = 1.0  # sensor noise
     occlusion: float = 0.15  # share of images with something in front of the person
     variety: float = 0.4  # share of images with scenery of another kind than the camera's usual
+    scenery: float = 0.6  # contrast of the scenery; 1 as bright as the people, 0 plain grey
+    zoom: float = 1.2  # how much of the width people fill; 1 shows the whole drawing
     loose: float = 1.0  # how badly the boxes are cropped around the people
     seed: int = 0  # another seed, another city
 
@@ -391,7 +393,7 @@ def _blocker(kind, rng):
         d.line([x - 62, 448, x - 20, 388, x + 44, 388, x + 62, 448, x, 448, x - 20, 388], fill=shade((180, 60, 50)), width=9)
     return layer
 
-# %% ../nbs/01a_city.ipynb #24c2fffd
+# %% ../nbs/01a_city.ipynb #646a14ad
 def _develop(rgb, cam, city, rng):
     "What the camera does: light, colour cast, gamma, blur and noise; (H, W, 3) of 0 to 1 in, uint8 out."
     slope = rng.normal(0, .06, 2) * city.light
@@ -406,7 +408,8 @@ def _develop(rgb, cam, city, rng):
 def _scenery(cam, city, rng):
     "The camera's usual kind of place, or another."
     kind = cam.place if rng.random() > city.variety else rng.choice(list(_PLACES))
-    return _scene(kind, rng, float(np.clip(cam.horizon + rng.normal(0, .05), .25, .75)))
+    image = _scene(kind, rng, float(np.clip(cam.horizon + rng.normal(0, .05), .25, .75)))
+    return Image.blend(Image.new('RGB', image.size, (160, 160, 158)), image, city.scenery)
 
 def _pose(pid, camid, shot, cam, city, rng):
     "Where somebody walks past: keywords of `draw_person`. Pictures of one walk have nearly one direction."
@@ -425,7 +428,7 @@ def _stand(image, person, pose):
     layer = draw_person(person, **pose)
     image.paste(layer, (0, 0), layer)
 
-# %% ../nbs/01a_city.ipynb #424537f6
+# %% ../nbs/01a_city.ipynb #3741384c
 def render(city: City,
            pid: int,  # whom; 0 draws a passer-by, another for each shot; -1 a crop with hardly anybody in it
            camid: int,  # which camera, from 0
@@ -439,7 +442,9 @@ def render(city: City,
     if rng.random() < city.occlusion:
         front = _blocker(cam.blocker if rng.random() < .7 else rng.choice(['pole', 'bush', 'car', 'bike', 'bin']), rng)
         image.paste(front, (0, 0), front)
-    return _develop(np.asarray(image.reduce(_SCALE), np.float32) / 255, cam, city, rng)
+    side = 128 * (1 - 1 / city.zoom)  # pixels of the drawing left out on each side
+    image = image.resize((_W, _H), Image.Resampling.BOX, box=(side, 0, 256 - side, 512))
+    return _develop(np.asarray(image, np.float32) / 255, cam, city, rng)
 
 # %% ../nbs/01a_city.ipynb #c2e5c25f
 def city_plan(city: City) -> list:  # of (folder, file name, pid, camid, shot), in a fixed order

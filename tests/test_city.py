@@ -25,11 +25,12 @@ def test_nobody_dresses_alike():
     assert len(people) == 100
 
 
-@pytest.mark.parametrize('knob', ['cast', 'light', 'blur', 'noise', 'occlusion', 'variety', 'loose'])
+@pytest.mark.parametrize('knob', ['cast', 'light', 'blur', 'noise', 'occlusion', 'variety', 'loose', 'scenery', 'zoom'])
 def test_every_knob_turns(knob):
-    pictures = [np.stack([render(replace(TINY, **{knob: v}), 1, c) for c in range(6)]) for v in (0, 1)]
+    values = (1, 1.3) if knob == 'zoom' else (0, 1)
+    pictures = [np.stack([render(replace(TINY, **{knob: v}), 1, c) for c in range(6)]) for v in values]
     assert (pictures[0] != pictures[1]).any()
-    assert city_folder(replace(TINY, **{knob: 0})) != city_folder(replace(TINY, **{knob: 1}))
+    assert city_folder(replace(TINY, **{knob: values[0]})) != city_folder(replace(TINY, **{knob: values[1]}))
 
 
 def test_all_kinds_of_pictures():

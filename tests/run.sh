@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Every test: compiled kernels, notebooks, and what pytest holds (golden values, the library in step with the notebooks, the wheel).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python setup.py -q build_ext --inplace                       # an edited kernel must not go on running its old build
+# Two notebooks at a time on one thread each: OpenMP threads that share a core wait for one another.
+OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 nbdev_test --n_workers 2 --timing
+python -m pytest tests

@@ -1,0 +1,73 @@
+"The package as a whole: in step with the notebooks, light to import, a wheel with compiled kernels, files where they belong."
+import json
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted(p for p in (ROOT / 'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+
+
+@pytest.fixture(scope='module')
+def copy(tmp_path_factory):
+    "The sources without anything built, to export and to package without touching the original."
+    root = tmp_path_factory.mktemp('copy') / 'ccc'
+    shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns('.git', '.venv', 'build', 'dist', '*.so', '__pycache__', 'logs', '*.egg-info'))
+    return root
+
+
+def run(*command, cwd=ROOT):
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=True).stdout
+
+
+def test_library_in_step_with_notebooks(copy):
+    for module in (copy / 'ccc').glob('*.py'):
+        module.unlink()
+    scripts = Path(sys.executable).parent
+    run(scripts / 'nbdev_export', cwd=copy)
+    run(scripts / 'nbdev_clean', cwd=copy)
+    def content(root): return {p.relative_to(root): p.read_text() for p in [*(root / 'ccc').glob('*.py'), *(root / 'nbs').rglob('*.ipynb')] if '.ipynb_checkpoints' not in p.parts}
+    exported, stored = content(copy), content(ROOT)
+    assert exported.keys() == stored.keys()
+    assert [str(p) for p in stored if exported[p] != stored[p]] == []
+
+
+def test_readme_in_step_with_index(copy):
+    stored = (ROOT / 'README.md').read_text()
+    run(sys.executable, '.ci/notebooks.py', 'readme', cwd=copy)
+    assert (copy / 'README.md').read_text() == stored
+
+
+def test_wheel_holds_compiled_kernels(copy, tmp_path):
+    run(sys.executable, '-m', 'build', '--wheel', '--no-isolation', '--outdir', tmp_path, cwd=copy)
+    wheel, = tmp_path.glob('ccc_reid-*.whl')
+    names = zipfile.ZipFile(wheel).namelist()
+    for kernel in (ROOT / 'ccc').glob('_*_kernels.py'):
+        assert any(re.fullmatch(rf'ccc/{kernel.stem}\..*(so|pyd)', name) for name in names), f'{kernel.stem} is not compiled in {names}'
+    assert not any(name.startswith(('tests/', 'nbs/')) for name in names)
+
+
+LIGHT = ['ccc', 'ccc.neighbors', 'ccc.hdc', 'ccc.labels', 'ccc.evaluation', 'ccc.viz', 'ccc.cli']
+
+
+@pytest.mark.parametrize('module', LIGHT)
+def test_light_imports(module):
+    "Numerical rooms do without torch, and nobody loads what only some functions need."
+    loaded = run(sys.executable, '-c', f'import {module}, sys; print(*sys.modules)').split()
+    assert not {'torch', 'umap', 'numba', 'faiss', 'matplotlib', 'timm', 'accelerate', 'tyro'} & set(loaded)
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_is_fit_to_read(path):
+    "Pictures are stored, no error is, none shows a machine's paths, and it can be read on the web."
+    notebook, text = json.loads(path.read_text()), path.read_text()
+    outputs = [o for c in notebook['cells'] if c['cell_type'] == 'code' for o in c['outputs']]
+    assert not any(o['output_type'] == 'error' for o in outputs)
+    assert any('image/png' in o.get('data', {}) for o in outputs)
+    assert not re.search(r'/(root|home|work|tmp)/[\w.-]+/', text)
+    assert len(text) < 1_500_000

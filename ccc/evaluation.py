@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['Ranking', 'evaluate_ranking', 'squared_distances', 'evaluate_embeddings', 'rerank', 'rerank_features']
 
-# %% ../nbs/07_evaluation.ipynb #6e9ba74a
+# %% ../nbs/07_evaluation.ipynb #9ed6c4a6
 from dataclasses import dataclass, field
 
 import numpy as np
-from scipy.sparse import csr_array
 
 from . import _evaluation_kernels as kernels
 from . import _neighbors_kernels as neighbor_kernels
-from .neighbors import knn
+from .neighbors import encode, knn
 
 # %% ../nbs/07_evaluation.ipynb #ab5ee962
 @dataclass(frozen=True)
@@ -127,22 +126,15 @@ def _distance_blocks(q, g, block):
         rows = slice(begin, min(begin + block, len(q)))
         yield rows, np.ascontiguousarray(_array(squared_distances(q[rows], g)), np.float32)
 
-# %% ../nbs/07_evaluation.ipynb #5bdec79f
-def _encode(ranked, weights_of, k2, n_threads):
-    "V (N, N): k-reciprocal sets of the ranked neighbours, weights exp(-distance) normalised, averaged over the k2 nearest."
-    ranked = np.ascontiguousarray(ranked, np.int32)
-    half = round((ranked.shape[1] - 1) / 2) + 1
-    indptr, indices, _ = neighbor_kernels.reciprocal_sets(ranked, np.zeros((len(ranked), 1), np.float32), half, n_threads)
-    weights = np.exp(-weights_of(np.repeat(np.arange(len(ranked)), np.diff(indptr)), indices)).astype(np.float32, copy=False)
-    weights /= np.repeat(np.add.reduceat(weights, indptr[:-1]), np.diff(indptr))
-    if k2 > 1: indptr, indices, weights = neighbor_kernels.mean_of_nearest(ranked, indptr, indices, weights, k2, n_threads)
-    return csr_array((weights, indices, indptr), shape=(len(ranked), len(ranked)))
-
-# %% ../nbs/07_evaluation.ipynb #08ecb7d9
+# %% ../nbs/07_evaluation.ipynb #bef4eb6d
 def _check_rerank(n, k1, k2, lambda_value):
     if not 1 <= k1 < n: raise ValueError(f'k1 does not count the image itself and must lie in 1..N-1; got k1={k1} with N={n} images')
     if not 1 <= k2 <= k1 + 1: raise ValueError(f'k2 counts the image itself and must lie in 1..k1 + 1; got k2={k2} with k1={k1}')
     if not 0 <= lambda_value <= 1: raise ValueError(f'lambda_value must lie in 0..1; got {lambda_value}')
+
+def _rows(indptr):
+    "The row of each stored entry."
+    return np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
 
 def _parts(V):
     "CSR or CSC arrays as the kernel takes them."
@@ -159,7 +151,7 @@ def _nearest(D, k):
     D[own, own] = diagonal
     return ranked
 
-# %% ../nbs/07_evaluation.ipynb #b70a4abb
+# %% ../nbs/07_evaluation.ipynb #a678ec68
 def rerank(
     distmat,                    # (Q, G) squared distances, query to gallery
     qq,                         # (Q, Q) query to query
@@ -177,28 +169,25 @@ def rerank(
     _check_rerank(n_q + n_g, k1, k2, lambda_value)
     D = np.block([[qq, distmat], [distmat.T, gg]]) ** 2
     D = np.ascontiguousarray((D / np.maximum(D.max(0), np.finfo(np.float32).tiny)).T)  # as published: columns, transposed
-    V = _encode(_nearest(D, k1 + 1), lambda i, j: D[i, j], k2, n_threads)
+    V = encode(_nearest(D, k1 + 1), lambda indptr, indices: D[_rows(indptr), indices], k2, n_threads)
     out = D[:n_q, n_q:].copy()
     kernels.blend_rows(*_parts(V[:n_q]), *_parts(V[n_q:].tocsc()), lambda_value, out, n_threads)
     return out
 
-# %% ../nbs/07_evaluation.ipynb #7188d471
+# %% ../nbs/07_evaluation.ipynb #2263d8db
 def _farthest(x, block=1024):
     "The largest squared distance of each row of x to any other, by blocks."
     return np.concatenate([squared_distances(x[b:b + block], x).max(1) for b in range(0, len(x), block)])
 
-def _pair_distances(x, i, j, block=1 << 18):
-    "Squared distances of the pairs (i, j), some at a time."
-    return np.concatenate([((x[i[b:b + block]] - x[j[b:b + block]]) ** 2).sum(1) for b in range(0, len(i), block)])
-
-# %% ../nbs/07_evaluation.ipynb #cfdbb3fa
+# %% ../nbs/07_evaluation.ipynb #5307ef08
 def _reranked_blocks(q, g, k1=20, k2=6, lambda_value=0.3, block=256, n_threads=0):
     "Slices of queries with their re-ranked distances to the gallery."
     q, g = _array(q), _array(g)
     x = np.ascontiguousarray(np.concatenate([q, g]))
     _check_rerank(len(x), k1, k2, lambda_value)
     scale = np.maximum(_farthest(x) ** 2, np.finfo(np.float32).tiny)
-    V = _encode(knn(x, k1 + 1)[1], lambda i, j: _pair_distances(x, i, j) ** 2 / scale[i], k2, n_threads)
+    def distances_of(indptr, indices): return neighbor_kernels.set_distances(x, indptr, indices, n_threads) ** 2 / scale[_rows(indptr)]
+    V = encode(knn(x, k1 + 1)[1], distances_of, k2, n_threads)
     gallery = _parts(V[len(q):].tocsc())
     for rows, distances in _distance_blocks(q, g, block):
         distances = distances ** 2 / scale[rows, None]

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['OUTLIER', 'PseudoLabels', 'drop_small_clusters', 'within', 'make_labels', 'churn', 'diagnose']
 
-# %% ../nbs/05_labels.ipynb #38d9d8fa
+# %% ../nbs/05_labels.ipynb #4a963ae6
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
-from scipy.sparse import coo_array, csr_array
+from scipy.sparse import csr_array
 from sklearn.cluster import DBSCAN, KMeans
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from sklearn.metrics.cluster import contingency_matrix

@@ -4,7 +4,7 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score
 
-from ccc import evaluation
+from ccc import evaluation, neighbors
 from ccc.data import toy_embeddings
 from ccc.evaluation import evaluate_embeddings, evaluate_ranking, rerank, rerank_features, squared_distances
 from conftest import golden, interpreted
@@ -52,7 +52,7 @@ def test_golden_ranking(both_ways):
 
 def test_golden_rerank(both_ways, monkeypatch):
     if both_ways(evaluation, '_evaluation_kernels') == 'interpreted':
-        monkeypatch.setattr(evaluation, 'neighbor_kernels', interpreted('_neighbors_kernels'))
+        monkeypatch.setattr(neighbors, 'kernels', interpreted('_neighbors_kernels'))
     tables = tuple(CASE[k].copy() for k in ('distmat', 'qq', 'gg'))
     again = rerank(*tables)
     assert again.dtype == np.float32

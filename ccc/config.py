@@ -9,7 +9,7 @@ __all__ = ['Config', 'check_types', 'check_rules', 'changes', 'learning_rate', '
 from dataclasses import asdict, dataclass, field, fields
 from typing import Literal, get_args, get_type_hints
 
-# %% ../nbs/08a_config.ipynb #a253350d
+# %% ../nbs/08a_config.ipynb #3e8a77f2
 @dataclass
 class Config:
     "All settings of one run; names and defaults are the published ones, unknown or contradictory values raise ValueError at once."
@@ -47,6 +47,7 @@ class Config:
     cm_momentum: float = 0.1  # share of the old centroid that an update keeps
     loss_with_camera: bool = False  # weight the loss by camera information entropy (CIE)
     no_cam: bool = False  # batches are drawn without looking at cameras
+    pad: int = 10  # pixels of zeros around an image before the random crop; 10 is meant for 256x128, small images want less
     batch_size: int = 256  # images a step, over all processes
     num_instances: int = 16  # images of each cluster in a batch
     iters: int = 200  # steps an epoch
@@ -95,10 +96,10 @@ def check_types(config: Config):
             fits = isinstance(value, (*types, int) if float in types else types) and (bool in types or not isinstance(value, bool))
         if not fits: raise ValueError(f'{name} must be {wanted}, got {value!r}')
 
-# %% ../nbs/08a_config.ipynb #e14bfe06
+# %% ../nbs/08a_config.ipynb #994df622
 _positive = ('height width num_workers bn_chunks num_clusters cluster_min_instances jaccard_k1 jaccard_k2 hdc_max_iter cm_temperature batch_size '
              'num_instances iters num_epochs lr lr_steps eval_step_epoch').split()
-_not_negative = 'lr_weight_decay lr_gamma warmup_iters warmup_factor warmup_lr_factor eval_start_epoch seed'.split()
+_not_negative = 'pad lr_weight_decay lr_gamma warmup_iters warmup_factor warmup_lr_factor eval_start_epoch seed'.split()
 _archs = 'resnet18 resnet50 resnet101 resnet_ibn50a resnet_ibn101a'.split()
 _rules = [
     ('batch_size must be a multiple of num_instances', ('batch_size', 'num_instances'), lambda b, n: b % n == 0),

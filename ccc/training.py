@@ -138,14 +138,15 @@ class Chunked(nn.Module):
 
     def forward(self, images): return forward_chunks(self.net, images, self.chunks)  # (B, 3, H, W) -> (B, D)
 
-# %% ../nbs/08_training.ipynb #370d06ec
+# %% ../nbs/08_training.ipynb #21f9adcc
 def augment_batch(images,      # (N, 3, H, W) uint8, all of them
                   batch,       # positions of this process's part of a batch
                   generators,  # one torch.Generator a chunk
-                  device):     # where to augment
+                  device,      # where to augment
+                  pad=10):     # pixels of zeros around an image before the random crop
     "This process's part of a batch, augmented chunk by chunk: (B, 3, H, W) float32 on `device`."
     chunks = np.split(batch, len(generators))
-    return torch.cat([augment(images[torch.from_numpy(c)].to(device), g) for c, g in zip(chunks, generators)])
+    return torch.cat([augment(images[torch.from_numpy(c)].to(device), g, pad=pad) for c, g in zip(chunks, generators)])
 
 # %% ../nbs/08_training.ipynb #c8c5e278
 def gather_batch(z,       # (B / P, D) embeddings of this process, with gradient
@@ -292,7 +293,7 @@ def summary(rows: list,  # of `metrics.jsonl`
     lines = [f'last  {say(rated[-1])}', f'best  {say(best)}, chosen on the test set'] if rated else ['not evaluated']
     return '\n'.join([*lines, f'{len(rows)} epochs in {took:.0f} s, kept in {run}'])
 
-# %% ../nbs/08_training.ipynb #5c2f825a
+# %% ../nbs/08_training.ipynb #e880e407
 class Stages:
     "The state of a run in memory and the four stages of an epoch; `step` calls them in order."
     def __init__(self,
@@ -349,7 +350,7 @@ class Stages:
             losses = []
             for batch in _bar(epoch_batches(labels.labels, camids, c, self.epoch), 'train', engine, c.iters):
                 y, cams = (torch.as_tensor(a[batch]).to(engine.device) for a in (labels.labels, camids))
-                part = augment_batch(images, np.split(batch, engine.num_processes)[engine.process_index], generators, engine.device)
+                part = augment_batch(images, np.split(batch, engine.num_processes)[engine.process_index], generators, engine.device, c.pad)
                 losses.append(train_step(self.embed, memory, self.optimizer, part, y, cams, engine))
             loss = float(torch.stack(losses).mean())
         if not np.isfinite(loss): raise ValueError(f'the loss must stay finite, got {loss} in epoch {self.epoch}')

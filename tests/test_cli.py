@@ -1,0 +1,85 @@
+"The command line: options under their published names, errors of one line, small commands end to end."
+import os
+import subprocess
+import sys
+
+import pytest
+
+from ccc.cli import main, read_options, train_options
+from ccc.config import Config
+from ccc.experiments import recipe
+
+PUBLISHED = '''dataset root-dir arch resnet-pretrained pooling-type height width batch-size num-instances num-workers iters num-epochs seed notes cm-mode cm-temperature cm-momentum
+    loss-with-camera no-cam num-clusters cluster-min-instances dbscan-eps jaccard-k1 jaccard-k2 no-jaccard hdc-init hdc-similarity hdc-max-iter hdc-outlier hdc-centroids hdc-normalize
+    threshold hdc-camera-version warmup-iters warmup-with-dbscan warmup-factor warmup-version warmup-lr-factor lr lr-weight-decay lr-steps lr-gamma eval-start-epoch eval-step-epoch
+    eval-and-ckpt eval-dist rerank ckpt-dir log-dir'''.split()
+TINY = ('train --subset-ids 6 --height 16 --width 8 --num-clusters 6 --jaccard-k1 8 --batch-size 16 --num-instances 4 --iters 1 --num-epochs 2 --warmup-iters 0 --num-workers 1 --no-maps '
+        '--device cpu --arch resnet18').split()
+
+
+def shell(*args, **env):
+    return subprocess.run([sys.executable, '-m', 'ccc', *args], capture_output=True, text=True, env=os.environ | env, timeout=120)
+
+
+@pytest.mark.parametrize('option', PUBLISHED)
+def test_published_options_are_settings(option):
+    assert hasattr(Config(), option.replace('-', '_'))
+
+
+def test_where_options_start_from():
+    assert train_options([]).config == recipe('city')
+    assert train_options(['--dataset', 'msmt17']).config == Config(dataset='msmt17')
+    assert train_options(['--dataset=veri', '--num_clusters=5']).config == Config(dataset='veri', num_clusters=5)
+    assert train_options(['--iters', '7', '--recipe', 'veri-hdc']).config == recipe('veri-hdc', iters=7)
+    assert train_options(['--recipe', 'veri-hdc', '--no-hdc-outlier', '--threshold', '0.5']).config == recipe('veri-hdc', hdc_outlier=False, threshold=.5)
+    assert train_options(['--dataset', 'folder', '--root-dir', 'x']).config.root_dir == 'x'
+
+
+@pytest.mark.parametrize('line,says', [
+    ('train --num-cluster 3', '--num-clusters'), ('train --iters x', '--iters'), ('train --clustering ward', 'ward'), ('train --dataset duke', 'duke'), ('train --recipe r', "got 'r'"),
+    ('train --batch-size 10', 'batch_size=10'), ('train --resume here --lr 1', "{'lr': 1.0}"), ('train --resume', '--resume'), ('train --resnet-pretrained', 'Missing'),
+    ('evaluate', 'run'), ('evaluate nowhere', 'nowhere'), ('data --dataset market1501 --root-dir nowhere', 'nowhere'), ('fly', "got 'fly'")])
+@pytest.mark.parametrize('encoding', ['utf-8', 'ascii'])
+def test_an_error_is_one_line(line, says, encoding, capsys, monkeypatch):
+    monkeypatch.delenv('CCC_DEBUG', raising=False)
+    import tyro._fmtlib
+    monkeypatch.setattr(tyro._fmtlib, '_should_use_utf8_drawing_chars', lambda: encoding == 'utf-8')
+    assert main(line.split()) == 2
+    said = capsys.readouterr()
+    assert said.out == '' and said.err.count('\n') == 1 and says in said.err, said.err
+
+
+def test_help_and_version(capsys):
+    assert main([]) == 0 and 'ccc evaluate' in capsys.readouterr().out
+    assert main(['--version']) == 0 and capsys.readouterr().out.strip() == __import__('ccc').__version__
+    with pytest.raises(SystemExit) as stop: main(['train', '--help'])
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
+    assert all(f'--{option}' in said for option in PUBLISHED) and '--resume' in said and 'EPOCHS of warm-up' in said
+
+
+def test_help_needs_no_torch():
+    code = "import sys; from ccc.cli import main; main(['--help']); main(['train', '--print-config']); sys.exit('torch' in sys.modules or 'sklearn' in sys.modules)"
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True).returncode == 0
+
+
+def test_print_config(capsys):
+    assert main('train --recipe msmt17-kmeans --print-config'.split()) == 0
+    said = capsys.readouterr().out
+    assert "* clustering              'kmeans'" in said and said.strip().endswith(
+        'ccc train --dataset msmt17 --clustering kmeans --num-clusters 1000 --hdc-outlier --hdc-centroids --loss-with-camera --iters 400 --num-epochs 60 --warmup-with-dbscan')
+
+
+def test_commands_end_to_end(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('CCC_DEBUG', '1')
+    assert main(['data', '--subset-ids', '6']) == 0 and 'train' in capsys.readouterr().out
+    assert main(TINY) == 0
+    assert 'kept in logs/city-seed999' in capsys.readouterr().out
+    assert main(['train', '--resume', 'logs/city-seed999']) == 0 and '2 epochs' in capsys.readouterr().out
+    assert main(['evaluate', 'logs/city-seed999', '--rerank', '--best']) == 0 and 're-ranked: mAP' in capsys.readouterr().out
+
+
+def test_module_runs():
+    done = shell('train', '--iters', '0')
+    assert done.returncode == 2 and done.stderr == 'ccc train: iters must be above 0, got iters=0\n'

@@ -17,21 +17,21 @@ from PIL import Image, ImageDraw, ImageFilter
 
 RENDERER = 3  # goes up when the drawing changes, so that no old cache is read
 
-# %% ../nbs/01a_city.ipynb #36234a74
+# %% ../nbs/01a_city.ipynb #69856a01
 @dataclass(frozen=True)
 class City:
     "What is drawn, and how hard it is; 0 switches a difficulty off."
-    n_train: int = 60  # identities for training
+    n_train: int = 90  # identities for training
     n_test: int = 40  # identities for query and gallery, other people than the training's
-    n_distractors: int = 60  # gallery images of people who are no query (pid 0)
+    n_distractors: int = 40  # gallery images of people who are no query (pid 0)
     n_junk: int = 30  # gallery images with hardly anybody in them (pid -1)
     cameras_seen: tuple = (4, 6)  # fewest and most cameras that see a person
-    per_camera: tuple = (2, 4)  # fewest and most images of a person in one camera
-    cast: float = 1.8  # strength of each camera's colour cast, times what CAMERAS says
+    per_camera: tuple = (1, 3)  # fewest and most images of a person in one camera, without the query
+    cast: float = 1.6  # strength of each camera's colour cast, times what CAMERAS says
     light: float = 1.0  # strength of each camera's gamma and of the light that changes between images, likewise
-    blur: float = 1.0  # loss of sharpness
-    noise: float = 1.0  # sensor noise
-    occlusion: float = 0.15  # share of images with something in front of the person
+    blur: float = 0.7  # loss of sharpness
+    noise: float = 0.7  # sensor noise
+    occlusion: float = 0.1  # share of images with something in front of the person
     variety: float = 0.4  # share of images with scenery of another kind than the camera's usual
     scenery: float = 0.6  # contrast of the scenery; 1 as bright as the people, 0 plain grey
     zoom: float = 1.2  # how much of the width people fill; 1 shows the whole drawing
@@ -446,7 +446,7 @@ def render(city: City,
     image = image.resize((_W, _H), Image.Resampling.BOX, box=(side, 0, 256 - side, 512))
     return _develop(np.asarray(image, np.float32) / 255, cam, city, rng)
 
-# %% ../nbs/01a_city.ipynb #c2e5c25f
+# %% ../nbs/01a_city.ipynb #ff076c5a
 def city_plan(city: City) -> list:  # of (folder, file name, pid, camid, shot), in a fixed order
     "All pictures of a city."
     rng, plan = np.random.default_rng([city.seed, 4]), []
@@ -455,8 +455,9 @@ def city_plan(city: City) -> list:  # of (folder, file name, pid, camid, shot), 
     for pid in range(1, city.n_train + city.n_test + 1):
         seen = rng.permutation(len(CAMERAS))[:rng.integers(city.cameras_seen[0], city.cameras_seen[1] + 1)]
         for camid in sorted(seen):
-            for shot in range(rng.integers(city.per_camera[0], city.per_camera[1] + 1)):
-                add('bounding_box_train' if pid <= city.n_train else 'query' if shot == 0 else 'bounding_box_test', pid, int(camid), shot)
+            test = pid > city.n_train
+            for shot in range(rng.integers(city.per_camera[0], city.per_camera[1] + 1) + test):      # people of the test: one more, the query
+                add('bounding_box_train' if not test else 'query' if shot == 0 else 'bounding_box_test', pid, int(camid), shot)
     for pid, n in ((0, city.n_distractors), (-1, city.n_junk)):
         for shot in range(n): add('bounding_box_test', pid, shot % len(CAMERAS), shot)
     return plan

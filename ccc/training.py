@@ -386,7 +386,7 @@ def checkpoints(folder: Path) -> list:  # paths, oldest first
     "The checkpoints of single epochs in a folder."
     return sorted(folder.glob('epoch_*.pt'))
 
-# %% ../nbs/08_training.ipynb #0e3cedb3
+# %% ../nbs/08_training.ipynb #c8f45487
 class Trainer(Stages):
     "A run of 3C: the four stages of an epoch, `step` through them, `fit` all epochs, and a folder that keeps labels, numbers and weights."
     @property
@@ -454,6 +454,7 @@ class Trainer(Stages):
         "All epochs that are left; prints a table, writes the run's folder, returns the rows."
         self.start()
         say = print if self.engine.is_main_process else lambda *_: None
+        if self.epoch == 0 and evaluation_due(self.config, 0): say(f'untrained: {self.evaluate()}')
         say(table_head())
         while self.epoch < self.config.num_epochs:
             row = self.step()

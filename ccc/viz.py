@@ -126,7 +126,7 @@ def draw_clusters(ax,     # matplotlib axes
     _bare(ax)
     ax.set_title(title)
 
-# %% ../nbs/00_viz.ipynb #9bdd7f0d
+# %% ../nbs/00_viz.ipynb #6d2e122d
 def _count(n, one, many=None):
     "'1 cluster', '3 clusters'."
     return f'{n:,} {one if n == 1 else many or one + "s"}'
@@ -141,8 +141,9 @@ def _panel_confidence(ax, xy, labels, confidence):
     inside = np.ones(len(xy), bool) if labels is None else labels >= 0
     _draw_outliers(ax, xy[~inside])
     order = np.flatnonzero(inside)[np.argsort(-confidence[inside], kind='stable')]
-    dots = ax.scatter(*xy[order].T, c=confidence[order], s=16, cmap='viridis', linewidths=.2, edgecolors='#555555', zorder=2)
-    if len(order): ax.figure.colorbar(dots, ax=ax, fraction=.045, pad=.02)
+    low, high = np.percentile(confidence[order], [2, 98]) if len(order) else (0, 1)      # a few extremes must not take the whole scale
+    dots = ax.scatter(*xy[order].T, c=confidence[order], vmin=low, vmax=high, s=16, cmap='viridis', linewidths=.2, edgecolors='#555555', zorder=2)
+    if len(order): ax.figure.colorbar(dots, ax=ax, fraction=.045, pad=.02, extend='both')
     ax.set_title('confidence' + ('' if inside.all() else ' (outliers grey)'))
 
 def _panel_cameras(ax, xy, camids):

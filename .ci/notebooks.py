@@ -52,6 +52,9 @@ def readme(notebook='nbs/index.ipynb', out='README.md', images='nbs/images'):
     "Needs no Quarto, which the package registries do not carry."
     nb = nbformat.read(notebook, 4)
     nb.metadata['language_info'] = {'name': 'python'}  # nbdev_clean drops it; without it fences have no language
+    for cell in nb.cells:
+        if '#| echo: false' in cell.source:
+            cell.metadata['transient'] = {'remove_source': True}
     exporter = MarkdownExporter(config=Config(RegexRemovePreprocessor=dict(enabled=True, patterns=[r'#\|\s*hide'])))
     text, resources = exporter.from_notebook_node(nb, resources={'output_files_dir': images, 'unique_key': 'readme'})
     for path, data in resources['outputs'].items():

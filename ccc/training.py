@@ -386,7 +386,7 @@ def checkpoints(folder: Path) -> list:  # paths, oldest first
     "The checkpoints of single epochs in a folder."
     return sorted(folder.glob('epoch_*.pt'))
 
-# %% ../nbs/08_training.ipynb #c8f45487
+# %% ../nbs/08_training.ipynb #c5e820f6
 class Trainer(Stages):
     "A run of 3C: the four stages of an epoch, `step` through them, `fit` all epochs, and a folder that keeps labels, numbers and weights."
     @property
@@ -411,7 +411,7 @@ class Trainer(Stages):
             with self.timed('map'): self.map = umap_map(self.x[keep], init=self.map, random_state=self.config.seed)
             row['seconds']['map'] = round(self.seconds['map'], 3)
         arrays = dict(labels=self.labels.labels, confidence=self.labels.confidence)
-        if self.config.maps: arrays |= dict(map=self.map, map_index=keep)
+        if self.config.maps: arrays |= dict(map=self.map, map_index=keep, camids=self.dataset.train.camids[keep])
         write_file(self.run / 'labels' / f'epoch_{row["epoch"]:03d}.npz', lambda f: np.savez_compressed(f, **arrays))
         write_metrics(self.run, [*read_metrics(self.run), row])
 

@@ -48,7 +48,14 @@ def _pca(x):
     p[:, :m] = (u * s)[:, :m] * np.where(vt[np.arange(m), np.abs(vt[:m]).argmax(1)] < 0, -1, 1)
     return p * (10 / max(np.abs(p).max(), 1e-12))
 
-# %% ../nbs/00_viz.ipynb #a4678e42
+# %% ../nbs/00_viz.ipynb #4ebf5bff
+def _turned_onto(xy, anchor):
+    "The map shifted and turned (a mirror image if need be) to lie on another of the same points: UMAP's maps drift as a whole, which means nothing."
+    from scipy.linalg import orthogonal_procrustes
+    centred, goal = xy - xy.mean(0), anchor - anchor.mean(0)
+    return (centred @ orthogonal_procrustes(centred, goal)[0] + anchor.mean(0)).astype(np.float32)
+
+# %% ../nbs/00_viz.ipynb #156cffc7
 def umap_map(x,               # embeddings (N, D), finite; with unit norm the map is one of cosine distances too
              n_neighbors: int = 15,  # neighbours that each point keeps close, itself included; cut to N
              init=None,       # starting map (N, 2), e.g. that of the epoch before; None: principal components
@@ -65,8 +72,9 @@ def umap_map(x,               # embeddings (N, D), finite; with unit norm the ma
     k = min(n_neighbors, len(x))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')               # UMAP warns of graphs in several pieces, which clusters are
-        return umap.UMAP(n_neighbors=k, init=start, min_dist=.8, random_state=random_state, n_jobs=1, force_approximation_algorithm=True,
-                         precomputed_knn=_neighbours(x, k)).fit_transform(x).astype(np.float32)
+        xy = umap.UMAP(n_neighbors=k, init=start, min_dist=.8, random_state=random_state, n_jobs=1, force_approximation_algorithm=True,
+                       precomputed_knn=_neighbours(x, k)).fit_transform(x).astype(np.float32)
+    return xy if init is None else _turned_onto(xy, start)
 
 # %% ../nbs/00_viz.ipynb #db516774
 def sample_points(n: int,          # points there are
@@ -291,39 +299,41 @@ def _plot_counts(ax, epochs):
     ax.set_ylim(0)
     ax.legend(fontsize=8, frameon=False)
 
-# %% ../nbs/00_viz.ipynb #b22eb954
+# %% ../nbs/00_viz.ipynb #9178257e
 def plot_evolution(run,                 # a run folder
                    max_epochs: int = 5, # maps to draw, evenly spread over the epochs, first and last among them
                   ):                    # matplotlib Figure, closed
-    "Maps of a run's clusters and confidence over its epochs, and its curves. A folder without label files is a FileNotFoundError."
+    "Maps of a run's clusters, confidence and cameras over its epochs, and its curves. A folder without label files is a FileNotFoundError."
     import matplotlib.pyplot as plt
     epochs = _read_epochs(run)
     shown = [list(epochs)[i] for i in _spread(len(epochs), max_epochs)]
-    fig = plt.figure(figsize=(max(2.1 * len(shown), 6.3), 6.6), layout='constrained')
+    n_rows = 2 + all('camids' in e for e in epochs.values())
+    fig = plt.figure(figsize=(max(2.1 * len(shown), 6.3), 2.1 * n_rows + 2.3), layout='constrained')
     plt.close(fig)
-    maps, curves = fig.subfigures(2, 1, height_ratios=[2.1, 1])
-    axes, before = maps.subplots(2, len(shown), squeeze=False), None
+    maps, curves = fig.subfigures(2, 1, height_ratios=[n_rows, 1])
+    axes, before = maps.subplots(n_rows, len(shown), squeeze=False), None
     _same_frame(axes, [epochs[e]['map'] for e in shown])
-    low, high = min(e['confidence'].min() for e in epochs.values()), max(e['confidence'].max() for e in epochs.values())
+    low, high = np.percentile(np.concatenate([e['confidence'] for e in epochs.values()]), [1, 99])
     for column, epoch in zip(axes.T, shown):
         before = _draw_epoch(column, epochs[epoch], before, (low, high))
         column[0].set_title(f'epoch {epoch}', fontsize=10)
     maps.colorbar(column[1].collections[-1], ax=list(axes[1]), fraction=.02, pad=.01)
-    for ax, name in zip(axes[:, 0], ['clusters', 'confidence']): ax.set_ylabel(name)
+    for ax, name in zip(axes[:, 0], ['clusters', 'confidence', 'cameras']): ax.set_ylabel(name)
     left, right = curves.subplots(1, 2)
     _plot_curves(left, run)
     _plot_counts(right, epochs)
     return fig
 
-# %% ../nbs/00_viz.ipynb #64ad795c
+# %% ../nbs/00_viz.ipynb #fdfe21af
 def _draw_epoch(column, epoch, before, limits):
-    "One epoch's clusters and confidence in two axes; returns its labels under the numbers they were drawn with."
+    "One epoch's clusters, confidence and, where known, cameras in its column of axes; returns its labels under the numbers they were drawn with."
     labels = epoch['labels'] if before is None else _follow(epoch['labels'], before)
     at, index = epoch['map'], epoch['map_index']
-    _draw_groups(column[0], at, labels[index], size=9)
+    _draw_groups(column[0], at, labels[index], size=6)
     inside, sure = labels[index] >= 0, epoch['confidence'][index]
     _draw_outliers(column[1], at[~inside])
-    column[1].scatter(*at[inside].T, c=sure[inside], s=9, cmap='viridis', vmin=limits[0], vmax=limits[1], zorder=2)
+    column[1].scatter(*at[inside].T, c=sure[inside], s=5, cmap='viridis', vmin=limits[0], vmax=limits[1], zorder=2)
+    if len(column) > 2: _draw_groups(column[2], at, epoch['camids'], size=6)
     return labels
 
 def _same_frame(axes, maps):

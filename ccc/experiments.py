@@ -19,13 +19,13 @@ BENCHMARKS = {
     'veri': dict(num_clusters=1000, iters=400, height=224, width=224),
 }
 
-# %% ../nbs/09_experiments.ipynb #fbc250dd
+# %% ../nbs/09_experiments.ipynb #69899a9a
 RECIPES = {f'{dataset}-{clustering}': dict(dataset=dataset, clustering=clustering) | own | SHARED
            for dataset, own in BENCHMARKS.items() for clustering in ('hdc', 'dbscan', 'kmeans')}
 RECIPES['veri-hdc-script'] = RECIPES['veri-hdc'] | dict(hdc_outlier=False)
 RECIPES['city'] = dict(
     dataset='city', arch='resnet18', resnet_pretrained='none', height=64, width=32, pad=3, num_workers=4, num_clusters=90, jaccard_k1=20, loss_with_camera=True, hdc_outlier=True,
-    hdc_centroids=True, batch_size=64, num_instances=4, bn_chunks=1, iters=25, num_epochs=17, warmup_iters=2, lr_steps=11, eval_step_epoch=1)
+    hdc_centroids=True, batch_size=64, num_instances=4, bn_chunks=1, iters=25, num_epochs=16, warmup_iters=0, lr_steps=12, eval_step_epoch=1)
 
 # %% ../nbs/09_experiments.ipynb #f7942574
 def recipe(name: str,  # one of `RECIPES`

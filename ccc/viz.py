@@ -95,25 +95,26 @@ def _style(j):
     "Colour and marker of cluster `j`."
     return _COLOURS[j % 8], _MARKERS[j % 11]
 
-# %% ../nbs/00_viz.ipynb #bed3a16c
-def _draw_outliers(ax, xy):
+# %% ../nbs/00_viz.ipynb #e4b2ad25
+def _draw_outliers(ax, xy, size=16):
     "Points without a cluster: small grey crosses, under everything else."
-    if len(xy): ax.scatter(*xy.T, s=12, c=_GREY, marker='x', linewidths=.8, zorder=1)
+    if len(xy): ax.scatter(*xy.T, s=.75 * size, c=_GREY, marker='x', linewidths=.8, zorder=1)
 
 def _draw_groups(ax, xy, groups, size=16):
     "One colour and marker for each value of `groups`; values below 0 are drawn as outliers."
-    _draw_outliers(ax, xy[groups < 0])
+    _draw_outliers(ax, xy[groups < 0], size)
     for j in np.unique(groups[groups >= 0]):
         colour, marker = _style(int(j))
         ax.scatter(*xy[groups == j].T, s=size, c=colour, marker=marker, linewidths=.3, edgecolors='white', zorder=2, label=str(j))
 
 def _number_groups(ax, xy, groups, most=40):
-    "Writes the number of each group above it, unless there are more than `most`."
+    "Writes the number of each group at its middle, unless there are more than `most`."
     import matplotlib.patheffects as pe
     ids = np.unique(groups[groups >= 0])
     for j in ids if len(ids) <= most else []:
         at = xy[groups == j]
-        ax.annotate(str(j), (np.median(at[:, 0]), at[:, 1].max()), (0, 3), textcoords='offset points', fontsize=8, ha='center', zorder=3,
+        middle = at[((at - np.median(at, 0)) ** 2).sum(1).argmin()]           # a member: groups may lie in several pieces
+        ax.annotate(str(j), middle, (0, 3), textcoords='offset points', fontsize=8, ha='center', zorder=3,
                     path_effects=[pe.withStroke(linewidth=2, foreground='white')])
 
 # %% ../nbs/00_viz.ipynb #195e3649
@@ -324,14 +325,14 @@ def plot_evolution(run,                 # a run folder
     _plot_counts(right, epochs)
     return fig
 
-# %% ../nbs/00_viz.ipynb #fdfe21af
+# %% ../nbs/00_viz.ipynb #624643cc
 def _draw_epoch(column, epoch, before, limits):
     "One epoch's clusters, confidence and, where known, cameras in its column of axes; returns its labels under the numbers they were drawn with."
     labels = epoch['labels'] if before is None else _follow(epoch['labels'], before)
     at, index = epoch['map'], epoch['map_index']
     _draw_groups(column[0], at, labels[index], size=6)
     inside, sure = labels[index] >= 0, epoch['confidence'][index]
-    _draw_outliers(column[1], at[~inside])
+    _draw_outliers(column[1], at[~inside], 6)
     column[1].scatter(*at[inside].T, c=sure[inside], s=5, cmap='viridis', vmin=limits[0], vmax=limits[1], zorder=2)
     if len(column) > 2: _draw_groups(column[2], at, epoch['camids'], size=6)
     return labels

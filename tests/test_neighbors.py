@@ -11,17 +11,12 @@ from ccc.neighbors import jaccard_distance, jaccard_from_weights, k_reciprocal, 
 
 
 @pytest.mark.parametrize('k1, k2', [(30, 6), (20, 6), (20, 1)])
-def test_golden_jaccard(k1, k2):
+def test_golden_jaccard(k1, k2, both_ways):
+    both_ways(neighbors, '_neighbors_kernels')
     g = golden('jaccard')
     graph = jaccard_distance(g['features'], k1, k2)
     np.testing.assert_allclose(to_dense(graph), g[f'jaccard_k1_{k1}_k2_{k2}'], atol=1e-5)
     assert graph.data.max() < 1 and graph.indices.dtype == graph.indptr.dtype == np.int32
-
-
-def test_golden_jaccard_both_ways(both_ways):
-    both_ways(neighbors, '_neighbors_kernels')
-    g = golden('jaccard')
-    np.testing.assert_allclose(to_dense(jaccard_distance(g['features'], 20, 1)), g['jaccard_k1_20_k2_1'], atol=1e-5)
 
 
 def test_number_of_threads_changes_nothing():

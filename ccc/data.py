@@ -7,16 +7,17 @@ __all__ = ['BENCHMARKS', 'toy_embeddings', 'Split', 'ReIDDataset', 'Layout', 'Be
            'load_images', 'normalize', 'Augmentation', 'draw_augmentation', 'apply_augmentation', 'augment',
            'CameraAwareSampler']
 
-# %% ../nbs/01_data.ipynb #147159d6
+# %% ../nbs/01_data.ipynb #da6a6301
 import hashlib, os, re
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from .city import City, city_folder, write_city
+from .folder import SPLITS, TABLES, blur_head, image_files, number_names, read_table, walk_files
 
 # %% ../nbs/01_data.ipynb #3876944b
 def toy_embeddings(n_ids: int = 12,  # identities
@@ -35,37 +36,50 @@ def toy_embeddings(n_ids: int = 12,  # identities
     x = people[pids] + camera_shift * cameras[camids] + noise * rng.normal(size=(len(pids), dim)) / np.sqrt(dim)
     return unit(x).astype(np.float32), pids, camids
 
-# %% ../nbs/01_data.ipynb #bfdfbdba
+# %% ../nbs/01_data.ipynb #597a8da8
 def _open(path):
     "The image at `path`, RGB, or an error that says which."
     try:
         with Image.open(path) as image: return image.convert('RGB')
-    except OSError as e: raise OSError(f'cannot read the image {path} ({type(e).__name__}). Copy it again from its source, or delete it and load with check_counts=False.') from e
+    except Exception as e: raise OSError(f'cannot read the image {path} ({type(e).__name__}). Copy it again from its source, or delete it and load with check_counts=False.') from e
 
-# %% ../nbs/01_data.ipynb #68d4b4f7
+# %% ../nbs/01_data.ipynb #5a58afa4
 @dataclass
 class Split:
     "Images of one part of a data set, in the order of their paths."
     paths: np.ndarray  # (N,) str
     pids: np.ndarray  # (N,) int64, the data set's own numbers; 0: distractor of Market-1501; -1: unknown
-    camids: np.ndarray  # (N,) int64, from 0
+    camids: np.ndarray  # (N,) int64, from 0; -1: unknown
+    blur: bool = False  # `image` hides the upper quarter, where heads are
 
     def __len__(self):
         return len(self.paths)
 
     def __repr__(self):
-        return f'{len(self):6,} images, {len(np.unique(self.pids)):5,} identities, {len(np.unique(self.camids)):2} cameras'
+        told = [f'{len(np.unique(a)):{w},} {name}' if known else f'{name} unknown' for a, known, name, w in
+                ((self.pids, self.has_pids, 'identities', 5), (self.camids, self.has_camids, 'cameras', 2))]
+        return f'{len(self):6,} images' + (', ' + ', '.join(told) if len(self) else '')
+
+    @property
+    def has_pids(self): return bool((self.pids >= 0).any())        # whether any identity is known
+
+    @property
+    def has_camids(self): return bool((self.camids >= 0).any())    # whether any camera is known
 
     def where(self, keep: np.ndarray  # (N,) bool, or positions
              ) -> 'Split':
         "The images that `keep` picks."
-        return Split(self.paths[keep], self.pids[keep], self.camids[keep])
+        return replace(self, paths=self.paths[keep], pids=self.pids[keep], camids=self.camids[keep])
+
+    def blurred(self) -> 'Split':
+        "The same images for figures: `ccc.folder.blur_head` hides the heads."
+        return replace(self, blur=True)
 
     def image(self, i: int) -> Image.Image:
         "Image `i` in RGB; OSError with its path if it cannot be read."
-        return _open(self.paths[i])
+        return blur_head(_open(self.paths[i])) if self.blur else _open(self.paths[i])
 
-# %% ../nbs/01_data.ipynb #8b3efb49
+# %% ../nbs/01_data.ipynb #3bed0d2f
 @dataclass
 class ReIDDataset:
     "Training images, and the query and gallery to score with."
@@ -74,6 +88,8 @@ class ReIDDataset:
     train: Split
     query: Split
     gallery: Split
+    ignored: dict = field(default_factory=dict)  # a folder of one's own: files that are no images by name, suffix -> count
+    notes: tuple = ()  # what was left out, in words; training says them
 
     def __repr__(self):
         return '\n'.join([self.name] + [f'  {part:8}{getattr(self, part)}' for part in ('train', 'query', 'gallery')])
@@ -82,7 +98,7 @@ class ReIDDataset:
         "Twelve characters that change when a file name, an identity or a camera does; kept with each run."
         h = hashlib.sha1()
         for split in (self.train, self.query, self.gallery):
-            for path, pid, cam in zip(split.paths, split.pids, split.camids): h.update(f'{Path(path).name} {pid} {cam};'.encode())
+            for path, pid, cam in zip(split.paths, split.pids, split.camids): h.update(f'{Path(path).name} {pid} {cam};'.encode(errors='surrogateescape'))   # a name need not be UTF-8
         return h.hexdigest()[:12]
 
 # %% ../nbs/01_data.ipynb #45ef4bed
@@ -141,39 +157,84 @@ def _locate(name, root, benchmark):
     raise FileNotFoundError(f'no {name} found. Looked for {wanted} in {", ".join(map(str, tried))}. Found: {found}. '
                             f"Pass root=, the data set's folder or the one above it, or set CCC_DATA.")
 
-# %% ../nbs/01_data.ipynb #aa546ac1
-_IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp')
-
+# %% ../nbs/01_data.ipynb #bdbcaf91
 def _entries(folder, source):
     "(path, text to parse) of each image of a source."
     base, _, listed = source.partition(':')
     base = folder / base
     if listed: return [(str(base / line.split()[0]), line.strip()) for line in (folder / listed).read_text().splitlines() if line.strip()]
-    files = (Path(d, f).relative_to(base).as_posix() for d, _, names in os.walk(base) for f in names if f.lower().endswith(_IMAGES) and not f.startswith('.'))
-    return [(str(base / f), f) for f in files]
+    return [(str(base / f), f) for f in image_files(base)] if base.is_dir() else []
 
 def _numbers(path, text, pattern, first_camera):
-    "pid and 0-based camid found in a text; a group that the pattern lacks gives -1, or camera 0."
+    "pid and 0-based camid found in a text."
     m = re.search(pattern, text)
     if m is None: raise ValueError(f'name does not parse: {text!r} has no match for {pattern!r} (file {path}). Rename or remove the file, or give another pattern.')
     g = m.groupdict()
-    try: pid, cam = int(g.get('pid', -1)), int(g.get('camid', first_camera)) - first_camera
+    try: pid, cam = int(g['pid']), int(g['camid']) - first_camera
     except (TypeError, ValueError): raise ValueError(f'name does not parse: pid and camid must be whole numbers, found {g} in {text!r} (file {path})') from None
     if cam < 0: raise ValueError(f'camera numbers must start at first_camera={first_camera}, found {g["camid"]!r} in {text!r} (file {path})')
     return pid, cam
 
-# %% ../nbs/01_data.ipynb #4024d587
+# %% ../nbs/01_data.ipynb #bfd7352b
 def read_split(folder: str | Path,  # the data set's folder
                sources: tuple,  # as in Layout; () for an empty split
                pattern: str, first_camera: int = 1,  # as in Layout
               ) -> Split:  # sorted by path; junk (a pid of -1 in the name) left out
     "Lists the images of some sources, with identity and camera from their names; ValueError for no image, or a name that does not parse."
     found = sorted(e for s in sources for e in _entries(Path(folder), s))
-    if sources and not found: raise ValueError(f'empty split: no image ({", ".join(_IMAGES)}) in {", ".join(str(Path(folder) / s) for s in sources)}. Was the archive unpacked whole?')
-    rows = [(path, *_numbers(path, text, pattern, first_camera)) for path, text in found]
-    if 'pid' in re.compile(pattern).groupindex: rows = [r for r in rows if r[1] != -1]
+    if sources and not found: raise ValueError(f'empty split: no image in {", ".join(str(Path(folder) / s) for s in sources)}. Was the archive unpacked whole?')
+    rows = [r for r in ((path, *_numbers(path, text, pattern, first_camera)) for path, text in found) if r[1] != -1]
     paths, pids, camids = zip(*rows) if rows else ((), (), ())
     return Split(np.array(paths, str), np.array(pids, np.int64), np.array(camids, np.int64))
+
+# %% ../nbs/01_data.ipynb #696f67c3
+_USUAL = dict(train=('train', 'bounding_box_train', 'image_train'), query=('query', 'image_query'), gallery=('gallery', 'bounding_box_test', 'image_test'))
+
+def _own_sources(root, asked):
+    "Split -> sources: those asked for, else the folders of usual names, else all for training."
+    found = {part: tuple(f for f in names if (root / f).is_dir())[:1] for part, names in _USUAL.items()}
+    if not any(found.values()): found['train'] = ('.',)
+    return {part: found[part] if s is None else (s,) if isinstance(s, str) else tuple(s) for part, s in asked.items()}
+
+def _own_entries(root, sources):
+    "Split -> (path, text to parse) of its images, sorted; ValueError where a source has none."
+    entries = {part: sorted(e for s in sources[part] for e in _entries(root, s)) for part in SPLITS}
+    empty = [s for part in SPLITS for s in sources[part] if not entries[part]]
+    if empty: raise ValueError(f'empty split: no image in {", ".join(str(root / s) for s in empty)}')
+    return entries
+
+# %% ../nbs/01_data.ipynb #dbf72870
+def _words(path, text, pattern):
+    "pid and camid as the text has them, '' where the pattern does not say."
+    m = re.search(pattern, text)
+    if m is None: raise ValueError(f'name does not parse: {text!r} has no match for {pattern!r} (file {path}). Rename or remove the file, or give another pattern.')
+    return [m.groupdict().get(name) or '' for name in ('pid', 'camid')]
+
+def _own_splits(root, sources, pattern, first_camera):
+    "The splits of a folder of one's own."
+    rows = [(part, *e) for part, found in _own_entries(root, sources).items() for e in found]
+    if pattern is None: pattern = _NAME if all(re.search(_NAME, text) for _, _, text in rows) else ''
+    said = [_words(path, text, pattern) for _, path, text in rows]
+    rows, said = zip(*((r, s) for r, s in zip(rows, said) if s[0] != '-1'))       # junk
+    (pids, numbers), (camids, numbered) = (number_names(column) for column in zip(*said))
+    if numbered and (camids >= 0).any():
+        if camids[camids >= 0].min() < first_camera: raise ValueError(f'camera numbers must start at first_camera={first_camera}, found {camids[camids >= 0].min()}')
+        camids = np.where(camids >= 0, camids - first_camera, -1)
+    parts, paths = (np.array([r[k] for r in rows], str) for k in (0, 1))
+    return [Split(paths[parts == p], pids[parts == p], camids[parts == p]) for p in SPLITS]
+
+# %% ../nbs/01_data.ipynb #5b0e42d9
+def _own_dataset(root, pattern, asked, first_camera):
+    "The data set in a folder, a table or a DataFrame."
+    if hasattr(root, 'to_dict') or Path(root).suffix.lower() in TABLES:
+        folder = '.' if hasattr(root, 'to_dict') else str(Path(root).expanduser().parent)
+        return ReIDDataset('folder', folder, *(Split(*a) for a in read_table(root if hasattr(root, 'to_dict') else Path(root).expanduser()).values()))
+    root = Path(root).expanduser()
+    if not root.is_dir(): raise FileNotFoundError(f'dataset folder needs a folder or a table ({", ".join(TABLES)}), {root} does not exist' if not root.exists() else
+                                                  f'dataset folder needs a folder or a table ({", ".join(TABLES)}), got {root}')
+    splits, ignored = _own_splits(root, _own_sources(root, asked), pattern, first_camera), {}
+    for f in set(walk_files(root)) - set(image_files(root)): ignored[Path(f).suffix] = ignored.get(Path(f).suffix, 0) + 1
+    return ReIDDataset('folder', str(root), *splits, ignored)
 
 # %% ../nbs/01_data.ipynb #c112ca47
 def _check_counts(dataset, counts):
@@ -189,21 +250,21 @@ def _city_root(city, root):
     folder = city_folder(city) if root is None else Path(root).expanduser() / city_folder(city).name
     return folder if folder.is_dir() else write_city(city, folder)
 
-# %% ../nbs/01_data.ipynb #b27f4e90
+# %% ../nbs/01_data.ipynb #7f3f90f7
 def load_dataset(name: str = 'city',  # city, market1501, msmt17, veri or folder
-                 root: str | Path | None = None,  # data set's folder or the one above; None: $CCC_DATA, else ~/Dataset; for the city, its cache
+                 root: str | Path | None = None,  # data set's folder or the one above; folder: also a .csv, .parquet or DataFrame; None: $CCC_DATA, else ~/Dataset; for the city, its cache
                  *, check_counts: bool = True,  # False: a benchmark may have other numbers of images than published
                  city: City | None = None,  # settings of the rendered city
-                 pattern: str = _NAME,  # folder: regular expression with groups pid and camid; no camid: all one camera; no pid: all -1
-                 train: str | tuple = 'train', query: str | tuple = 'query', gallery: str | tuple = 'gallery',  # folder: sources of the splits; () for none
+                 pattern: str | None = None,  # folder: regular expression with groups pid and camid, either of which may be missing; None: Market-1501's names if all are of that kind
+                 train: str | tuple | None = None, query: str | tuple | None = None, gallery: str | tuple | None = None,  # folder: sources of the splits; () for none, None: folders of the usual names, else all for training
                  first_camera: int = 1,  # folder: number of the first camera in names
                 ) -> ReIDDataset:
     "Finds a data set and lists its images; none is opened. FileNotFoundError or ValueError say what was looked for, where, and what was found."
     if name == 'city': root = _city_root(city or City(), root)
-    root = Path(root or os.environ.get('CCC_DATA') or '~/Dataset').expanduser()
-    own = Layout(*((s,) if isinstance(s, str) else tuple(s) for s in (train, query, gallery)), pattern, first_camera)
-    known = {'city': Benchmark((), (_CONVERTED,)), **BENCHMARKS, 'folder': Benchmark((), (own,))}
-    if name not in known: raise ValueError(f'dataset must be one of {", ".join(known)}, got {name!r}')
+    if root is None: root = os.environ.get('CCC_DATA') or '~/Dataset'
+    if name == 'folder': return _own_dataset(root, pattern, dict(train=train, query=query, gallery=gallery), first_camera)
+    known, root = {'city': Benchmark((), (_CONVERTED,)), **BENCHMARKS}, Path(root).expanduser()
+    if name not in known: raise ValueError(f'dataset must be one of {", ".join(known)}, folder, got {name!r}')
     folder, layout = _locate(name, root, known[name])
     parts = [read_split(folder, sources, layout.pattern, layout.first_camera) for sources in (layout.train, layout.query, layout.gallery)]
     dataset = ReIDDataset(name, str(folder), *parts)
@@ -252,12 +313,12 @@ class Augmentation:
     box: 'torch.Tensor'  # (B, 4) int64: y, x, height and width of the erased rectangle; all 0 for none
     pad: int = 10  # pixels of black on each side
 
-# %% ../nbs/01_data.ipynb #c3c70172
+# %% ../nbs/01_data.ipynb #55d78bc2
 def _rectangles(v, height, width, area, ratio):
     "First of several drawn rectangles that fits: (B, 4) int64, zeros where none does; v (B, 4, tries) uniform."
     import torch
     a = (area[0] + v[:, 0] * (area[1] - area[0])) * height * width  # (B, tries)
-    r = ratio[0] + v[:, 1] * (ratio[1] - ratio[0])
+    r = ratio[0] * (ratio[1] / ratio[0]) ** v[:, 1]  # uniform in the logarithm: 1:2 is as likely as 2:1
     h, w = (a * r).sqrt().round().long(), (a / r).sqrt().round().long()
     y, x = (v[:, 2] * (height - h + 1)).long(), (v[:, 3] * (width - w + 1)).long()
     fits = (h < height) & (w < width)

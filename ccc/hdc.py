@@ -44,7 +44,7 @@ def discrepancies(graph: csr_array,  # (N, N) distances in [0, 1]; absent: 1
     "Sample-sample discrepancies 1 - exp(-J) of the stored pairs."
     return csr_array((1 - np.exp(-graph.data), graph.indices, graph.indptr), shape=graph.shape)
 
-# %% ../nbs/04_hdc.ipynb #692e9b72
+# %% ../nbs/04_hdc.ipynb #1069d6b3
 ALPHA = 1.9  # of the Euler cosine, as published
 
 def _unit(x):
@@ -52,18 +52,23 @@ def _unit(x):
     norms = np.linalg.norm(x, axis=1, keepdims=True)
     return x / np.where(norms > 0, norms, 1)
 
+def _square_norms(z):
+    "Sum of |z|^2 over each row, real or complex."
+    return np.einsum('nd,nd->n', z.real, z.real) + (np.einsum('nd,nd->n', z.imag, z.imag) if np.iscomplexobj(z) else 0)
+
 class Metric(NamedTuple):
     "A distance between samples and centroids: `finish(sum of squared differences of lifted coordinates)`."
     lift: Callable    # (N, D) float32 -> (N, D) float32 or complex64
     finish: Callable  # sum of squared differences -> distance
+    undo: Callable    # distance -> the sum it needs, where no difference cancels another
 
 METRICS = {
-    'euler_cosine': Metric(lambda x: np.exp(1j * np.float32(ALPHA * np.pi) * x) / np.float32(2 ** .5), np.abs),
-    'cosine': Metric(_unit, lambda s: s / 2),
-    'euclidean': Metric(lambda x: x, lambda s: np.sqrt(np.maximum(s, 0))),
+    'euler_cosine': Metric(lambda x: np.exp(1j * np.float32(ALPHA * np.pi) * x) / np.float32(2 ** .5), np.abs, lambda d: d),
+    'cosine': Metric(_unit, lambda s: s / 2, lambda d: 2 * d),
+    'euclidean': Metric(lambda x: x, lambda s: np.sqrt(np.maximum(s, 0)), np.square),
 }
 
-# %% ../nbs/04_hdc.ipynb #d726375a
+# %% ../nbs/04_hdc.ipynb #e9a78d33
 def _squared_differences(e, f):
     "Sum over coordinates of (e_i - f_j)^2 for all pairs of rows, without conjugation."
     return (e * e).sum(1)[:, None] + (f * f).sum(1) - 2 * (e @ f.T)  # (N, D) @ (D, K) -> (N, K)
@@ -74,7 +79,7 @@ def pairwise_distance(x: np.ndarray,                 # (N, D) float32
                       normalize: bool = False,       # into [0, 1]: cosine / 2, the others / the largest in the matrix
                       ) -> np.ndarray:               # (N, K) float32
     "Distances of all pairs of rows (3C, equations 3-5)."
-    lift, finish = METRICS[metric]
+    lift, finish, _ = METRICS[metric]
     d = finish(_squared_differences(lift(np.asarray(x, np.float32)), lift(np.asarray(y, np.float32))))
     return d / (2 if metric == 'cosine' else d.max() or 1) if normalize else d
 
@@ -120,52 +125,79 @@ def nearest_start(graph: csr_array,    # (N, N) distances in [0, 1]; absent: 1
         best[cols[nearer]], labels[cols[nearer]] = values[nearer], j
     return labels
 
-# %% ../nbs/04_hdc.ipynb #15685b1b
+# %% ../nbs/04_hdc.ipynb #53f0ef50
 @dataclass
 class CentroidDistances:
     "Distances between fixed samples and moving centroids, the largest of them found without computing all."
     x: np.ndarray       # (N, D) float32
     metric: str         # a key of METRICS
-    block: int = 64     # centroids a matrix product
-    computed: int = 0   # columns computed so far, to be looked at
+    block: int = 1024   # samples a matrix product
+    n_columns: int = 0  # columns of the product so far, to be looked at
+    n_pairs: int = 0    # pairs computed so far in search of the largest, to be looked at
 
     def __post_init__(self):
-        self.lifted = METRICS[self.metric].lift(self.x)
-        self.reach = np.linalg.norm(self.x, axis=1).max()
-        self.seen = self.bounds = None
+        lift, self.finish, self.undo = METRICS[self.metric]
+        self.lift = lambda c: np.ascontiguousarray(lift(np.asarray(c, np.float32)))
+        self.lifted, self.farthest, self.seen = self.lift(self.x), (0, 0), None
+        self.norms = _square_norms(self.lifted)
+
+    def of_pairs(self, rows, lifted):
+        "d of samples `rows` to as many lifted centroids; by differences, which keep their precision where d is small."
+        sums = np.empty(len(rows), self.lifted.dtype)
+        for lo in range(0, len(rows), 4096):
+            e = self.lifted[rows[lo:lo + 4096]] - lifted[lo:lo + 4096]
+            sums[lo:lo + 4096] = np.einsum('nd,nd->n', e, e)
+        return self.finish(sums)
 
     def to_own(self, centroids, labels):
-        "d(x_i, c_{l_i}), (N,) float32; by differences, which keep their precision where d is small."
-        lift, finish = METRICS[self.metric]
-        difference, lifted = np.empty(len(self.x), self.lifted.dtype), lift(centroids)
-        for lo in range(0, len(self.x), 4096):
-            e = self.lifted[lo:lo + 4096] - lifted[labels[lo:lo + 4096]]
-            difference[lo:lo + 4096] = np.einsum('nd,nd->n', e, e)
-        return finish(difference)
-
-    def slope(self, centroids):
-        "A bound on the change of any distance for a unit step of a centroid, anywhere between `seen` and here."
-        if self.metric == 'euclidean': return 1.
-        span = self.reach + np.linalg.norm([*centroids, *self.seen], axis=1).max()
-        return ALPHA * np.pi * min(2 * self.x.shape[1] ** .5, ALPHA * np.pi * span)
-
-    def largest(self, centroids):
-        "max d over all samples and centroids."
-        if self.metric == 'cosine': return 2.
-        lift, finish = METRICS[self.metric]
-        if self.seen is None: self.bounds = np.full(len(centroids), np.inf)
-        else: self.bounds += self.slope(centroids) * np.linalg.norm(centroids - self.seen, axis=1)
-        self.seen, found = centroids, 0.
-        for columns in np.split(order := np.argsort(-self.bounds), range(self.block, len(order), self.block)):
-            if self.bounds[columns[0]] <= found: break                           # nothing left can be larger
-            self.bounds[columns] = finish(_squared_differences(self.lifted, lift(centroids[columns]))).max(0)
-            self.computed += len(columns)
-            found = max(found, self.bounds[columns].max())
-        return found
+        "d(x_i, c_{l_i}), (N,) float32."
+        return self.of_pairs(np.arange(len(self.x)), self.lift(centroids)[labels])
 
     def membership(self, centroids, labels):
         "exp(-5 d / max d) of each sample in its own cluster, (N,) float32."
         return np.exp(-5 * self.to_own(centroids, labels) / (self.largest(centroids) or 1)).astype(np.float32)
+
+    def largest(self, centroids):
+        "max d over all samples and centroids."
+        if self.metric == 'cosine': return 2.
+        f, self.found = self.lift(centroids), 0.
+        self.consider(f, self.farthest[0], np.array([self.farthest[1]]), np.array([0]))
+        columns = self.reachable(f)
+        for lo in range(0, len(self.x) if len(columns) else 0, self.block):
+            bounds = self.upper_bounds(f[columns], slice(lo, lo + self.block))
+            self.bounds[columns] = np.maximum(self.bounds[columns], bounds.max(0))
+            self.consider(f, lo, columns, bounds.argmax(keepdims=True).ravel())       # the best first: it leaves few others
+            self.consider(f, lo, columns, self.promising(f, lo, columns, bounds))
+        return self.found
+
+    def reachable(self, f):
+        "Columns in which, by the triangle inequality, a sample may be farther than the distance found; their bounds start anew."
+        moved = 0 if self.seen is None else np.sqrt(_square_norms(f - self.seen))
+        self.bounds = np.full(len(f), np.inf, np.float32) if self.seen is None else (np.sqrt(self.bounds) + moved) ** 2
+        columns, self.seen = np.flatnonzero(self.bounds > self.undo(self.found)), f
+        self.bounds[columns], self.n_columns = 0, self.n_columns + len(columns)
+        return columns
+
+    def upper_bounds(self, f, rows):
+        "||e_i - f_j||^2 of a block of samples, with room for the rounding of the product."
+        e, norms = self.lifted[rows].view(np.float32), _square_norms(f)
+        bounds = e @ (-2 * f.view(np.float32)).T                                    # (block, D) @ (D, K) -> (block, K)
+        bounds += norms + e.shape[1] * np.finfo(np.float32).eps * (self.norms.max() + norms.max())
+        bounds += self.norms[rows, None]
+        return bounds
+
+    def promising(self, f, lo, columns, bounds):
+        "Flat places in a block whose bound exceeds the distance found; where they are too many, the one of largest distance."
+        places = np.flatnonzero(bounds > self.undo(self.found))
+        if len(places) <= bounds.size // 8: return places
+        return self.finish(_squared_differences(self.lifted[lo:lo + self.block], f[columns])).argmax(keepdims=True).ravel()
+
+    def consider(self, f, lo, columns, places):
+        "Compute the pairs at these flat places of a block that begins at sample `lo`; keep the farthest."
+        rows, columns = lo + places // len(columns), columns[places % len(columns)]
+        d = self.of_pairs(rows, f[columns])
+        self.n_pairs += len(d)
+        if d.max(initial=0) > self.found: self.found, self.farthest = d.max(), (rows[d.argmax()], columns[d.argmax()])
 
 # %% ../nbs/04_hdc.ipynb #084b42e6
 def _members(labels, membership, k):

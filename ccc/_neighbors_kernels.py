@@ -263,88 +263,133 @@ def mean_of_nearest(ranked: _I2,              # (N, >= k2) int32 neighbour ids, 
         _fill_means(b * _BLOCK, min(n, (b + 1) * _BLOCK), threadid(), k2, ranked, ip, ix, vx, total, mark, touched, ptr, oi, ow)
     return indptr, indices, weights
 
-# %% ../nbs/03a_neighbors_kernels.ipynb #158ad76c
+# %% ../nbs/03a_neighbors_kernels.ipynb #21ebd105
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
-def _count_pairs(lo: cython.Py_ssize_t, hi: cython.Py_ssize_t, t: cython.Py_ssize_t, ip: _ML1, ix: _I1, cp: _ML1, cx: _I1,
-                 mark: _MI2, count: _ML1) -> cython.void:
-    i: cython.Py_ssize_t
+def _sum_row(i: cython.Py_ssize_t, t: cython.Py_ssize_t, ip: _ML1, ix: _I1, vx: _F1, cp: _ML1, cx: _I1, cv: _F1,
+             shared: _MF2, met: _MI2) -> cython.int:
+    "Add min(V_ik, V_jk) to shared[t, j] for every j met, listed in met[t]; return their number."
     p: cython.longlong
     q: cython.longlong
+    n: cython.int = 0
     k: cython.int
-    n: cython.longlong
+    j: cython.int
+    v: cython.float
+    for p in range(ip[i], ip[i + 1]):
+        k = ix[p]
+        v = vx[p]
+        for q in range(cp[k], cp[k + 1]):
+            j = cx[q]
+            met[t, n] = j                     # counted only if new: without a branch, since nobody could predict it
+            n += shared[t, j] == 0            # weights are positive, so 0 means not met yet
+            shared[t, j] += min(v, cv[q])
+    return n
+
+@cython.cfunc
+@cython.inline
+@cython.nogil
+@cython.exceptval(check=False)
+def _jaccard(i: cython.Py_ssize_t, j: cython.Py_ssize_t, s: cython.float) -> cython.float:
+    "1 - s / (2 - s), not below 0; 0 from a sample to itself."
+    d: cython.float = 1 - s / (2 - s)
+    return d if d > 0 and j != i else 0
+
+# %% ../nbs/03a_neighbors_kernels.ipynb #7d7e0165
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _count_met(i: cython.Py_ssize_t, t: cython.Py_ssize_t, ip: _ML1, ix: _I1, cp: _ML1, cx: _I1, met: _MI2) -> cython.int:
+    "The number of samples that share a column with i; met[t] holds i + 1 at those counted."
+    p: cython.longlong
+    q: cython.longlong
+    n: cython.int = 0
+    k: cython.int
+    for p in range(ip[i], ip[i + 1]):
+        k = ix[p]
+        for q in range(cp[k], cp[k + 1]):
+            n += met[t, cx[q]] != i + 1
+            met[t, cx[q]] = i + 1
+    return n
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _count_pairs(lo: cython.Py_ssize_t, hi: cython.Py_ssize_t, t: cython.Py_ssize_t, ip: _ML1, ix: _I1, vx: _F1, cp: _ML1, cx: _I1, cv: _F1,
+                 limit: cython.float, shared: _MF2, met: _MI2, count: _ML1) -> cython.void:
+    i: cython.Py_ssize_t
+    o: cython.int
+    n: cython.int
+    j: cython.int
+    kept: cython.longlong
     for i in range(lo, hi):
-        n = 0
-        for p in range(ip[i], ip[i + 1]):
-            k = ix[p]
-            for q in range(cp[k], cp[k + 1]):
-                if mark[t, cx[q]] != i + 1:
-                    mark[t, cx[q]] = i + 1
-                    n += 1
-        count[i + 1] = n
+        if limit >= 1:
+            count[i + 1] = _count_met(i, t, ip, ix, cp, cx, met)
+        else:
+            kept = 0
+            n = _sum_row(i, t, ip, ix, vx, cp, cx, cv, shared, met)
+            for o in range(n):
+                j = met[t, o]
+                if _jaccard(i, j, shared[t, j]) <= limit:
+                    kept += 1
+                shared[t, j] = 0
+            count[i + 1] = kept
 
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
 def _fill_pairs(lo: cython.Py_ssize_t, hi: cython.Py_ssize_t, t: cython.Py_ssize_t, ip: _ML1, ix: _I1, vx: _F1,
-                cp: _ML1, cx: _I1, cv: _F1, shared: _MF2, ptr: _Index[::1],
+                cp: _ML1, cx: _I1, cv: _F1, limit: cython.float, shared: _MF2, met: _MI2, ptr: _Index[::1],
                 indices: _Index[::1], distances: _MF1) -> cython.void:
     i: cython.Py_ssize_t
-    p: cython.longlong
-    q: cython.longlong
-    o: cython.longlong
+    o: cython.int
+    n: cython.int
+    j: cython.int
     end: cython.longlong
-    k: cython.int
-    j: cython.Py_ssize_t
-    v: cython.float
-    s: cython.float
     d: cython.float
     for i in range(lo, hi):
+        n = _sum_row(i, t, ip, ix, vx, cp, cx, cv, shared, met)
         end = ptr[i]
-        for p in range(ip[i], ip[i + 1]):
-            k = ix[p]
-            v = vx[p]
-            for q in range(cp[k], cp[k + 1]):
-                j = cx[q]
-                if shared[t, j] == 0:         # weights are positive, so 0 means not met yet
-                    indices[end] = j
-                    end += 1
-                shared[t, j] += min(v, cv[q])
-        for o in range(ptr[i], end):
-            j = indices[o]
-            s = shared[t, j]
+        for o in range(n):
+            j = met[t, o]
+            d = _jaccard(i, j, shared[t, j])
             shared[t, j] = 0
-            d = 1 - s / (2 - s)
-            distances[o] = d if d > 0 and j != i else 0
+            if d <= limit or limit >= 1:
+                indices[end] = j
+                distances[end] = d
+                end += 1
 
-# %% ../nbs/03a_neighbors_kernels.ipynb #be140149
-def count_pairs(ip: _ML1, ix: _I1,            # V as CSR: offsets int64, columns int32
-                cp: _ML1, cx: _I1,            # V as CSC: offsets int64, rows int32
+# %% ../nbs/03a_neighbors_kernels.ipynb #0c71cb3a
+def count_pairs(ip: _ML1, ix: _I1, vx: _F1,    # V as CSR: offsets int64, columns int32, all weights above 0
+                cp: _ML1, cx: _I1, cv: _F1,    # V as CSC: offsets int64, rows int32
+                lo: cython.Py_ssize_t, hi: cython.Py_ssize_t,  # rows to count
+                limit: cython.float,           # pairs farther apart are left out; 1: none
+                count: _ML1,                   # written: count[i + 1] of these rows
                 n_threads: cython.int = 0):
-    "Offsets (N + 1,) int64 of the rows of the Jaccard graph."
+    "Count the stored pairs of some rows of the Jaccard graph."
     n: cython.Py_ssize_t = ip.shape[0] - 1
     nt: cython.int = threads(n_threads)
-    blocks: cython.Py_ssize_t = (n + _BLOCK - 1) // _BLOCK
-    b: cython.Py_ssize_t
-    mark: _MI2 = np.zeros((nt, n), np.int32)
-    indptr = np.zeros(n + 1, np.int64)
-    count: _ML1 = indptr
-    for b in prange(blocks, nogil=True, schedule='dynamic', num_threads=nt):
-        _count_pairs(b * _BLOCK, min(n, (b + 1) * _BLOCK), threadid(), ip, ix, cp, cx, mark, count)
-    return np.cumsum(indptr, out=indptr)
-
-def fill_pairs(ip: _ML1, ix: _I1, vx: _F1,    # V as CSR, all weights above 0
-               cp: _ML1, cx: _I1, cv: _F1,    # V as CSC
-               ptr: _Index[::1],              # offsets from `count_pairs`
-               indices: _Index[::1],          # written: columns
-               distances: _MF1,               # written: Jaccard distances
-               n_threads: cython.int = 0):
-    "Fill the rows of the Jaccard graph; columns stand in the order in which they are met."
-    n: cython.Py_ssize_t = ip.shape[0] - 1
-    nt: cython.int = threads(n_threads)
-    blocks: cython.Py_ssize_t = (n + _BLOCK - 1) // _BLOCK
+    blocks: cython.Py_ssize_t = (hi - lo + _BLOCK - 1) // _BLOCK
     b: cython.Py_ssize_t
     shared: _MF2 = np.zeros((nt, n), np.float32)
+    met: _MI2 = np.zeros((nt, n + 1), np.int32)   # one place more: the row is written one ahead
     for b in prange(blocks, nogil=True, schedule='dynamic', num_threads=nt):
-        _fill_pairs(b * _BLOCK, min(n, (b + 1) * _BLOCK), threadid(), ip, ix, vx, cp, cx, cv, shared, ptr, indices, distances)
+        _count_pairs(lo + b * _BLOCK, min(hi, lo + (b + 1) * _BLOCK), threadid(), ip, ix, vx, cp, cx, cv, limit, shared, met, count)
+
+def fill_pairs(ip: _ML1, ix: _I1, vx: _F1,     # V as CSR: offsets int64, columns int32, all weights above 0
+               cp: _ML1, cx: _I1, cv: _F1,     # V as CSC: offsets int64, rows int32
+               lo: cython.Py_ssize_t, hi: cython.Py_ssize_t,  # rows to fill
+               limit: cython.float,            # as in `count_pairs`
+               ptr: _Index[::1],               # offsets of all rows, from the counts
+               indices: _Index[::1],           # written: columns
+               distances: _MF1,                # written: Jaccard distances
+               n_threads: cython.int = 0):
+    "Fill some rows of the Jaccard graph; columns stand in the order in which they are met."
+    n: cython.Py_ssize_t = ip.shape[0] - 1
+    nt: cython.int = threads(n_threads)
+    blocks: cython.Py_ssize_t = (hi - lo + _BLOCK - 1) // _BLOCK
+    b: cython.Py_ssize_t
+    shared: _MF2 = np.zeros((nt, n), np.float32)
+    met: _MI2 = np.empty((nt, n + 1), np.int32)
+    for b in prange(blocks, nogil=True, schedule='dynamic', num_threads=nt):
+        _fill_pairs(lo + b * _BLOCK, min(hi, lo + (b + 1) * _BLOCK), threadid(), ip, ix, vx, cp, cx, cv, limit, shared, met, ptr, indices, distances)

@@ -7,7 +7,7 @@ __all__ = ['CEILING', 'ALPHA', 'METRICS', 'as_graph', 'discrepancies', 'Metric',
            'nearest_start', 'CentroidDistances', 'refill', 'peripheral_objects', 'cluster_means', 'Round', 'hdc_rounds',
            'converged', 'HDC']
 
-# %% ../nbs/04_hdc.ipynb #9090d3a6
+# %% ../nbs/04_hdc.ipynb #c9281e54
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -20,9 +20,9 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import validate_data
 
 from . import _hdc_kernels as kernels
-from .neighbors import jaccard_distance
+from .neighbors import jaccard_distance, progress
 
-# %% ../nbs/04_hdc.ipynb #5d8b3103
+# %% ../nbs/04_hdc.ipynb #43ee5b41
 CEILING = 1 - np.exp(-np.float32(1))  # float32, as computed for stored pairs: the discrepancy of two samples that share no neighbour
 
 def as_graph(graph,           # (N, N) distances in [0, 1]: sparse with absent pairs at 1, or dense
@@ -42,9 +42,12 @@ def as_graph(graph,           # (N, N) distances in [0, 1]: sparse with absent p
 def discrepancies(graph: csr_array,  # (N, N) distances in [0, 1]; absent: 1
                   ) -> csr_array:    # (N, N) float32 in [0, CEILING]; absent: CEILING
     "Sample-sample discrepancies 1 - exp(-J) of the stored pairs."
-    return csr_array((1 - np.exp(-graph.data), graph.indices, graph.indptr), shape=graph.shape)
+    a = np.negative(graph.data)                      # in place: this is the largest array of the step
+    np.exp(a, out=a)
+    np.subtract(1, a, out=a)
+    return csr_array((a, graph.indices, graph.indptr), shape=graph.shape)
 
-# %% ../nbs/04_hdc.ipynb #1069d6b3
+# %% ../nbs/04_hdc.ipynb #4cf868c8
 ALPHA = 1.9  # of the Euler cosine, as published
 
 def _unit(x):
@@ -56,6 +59,11 @@ def _square_norms(z):
     "Sum of |z|^2 over each row, real or complex."
     return np.einsum('nd,nd->n', z.real, z.real) + (np.einsum('nd,nd->n', z.imag, z.imag) if np.iscomplexobj(z) else 0)
 
+def _euler(x):
+    "exp(i alpha pi x) / sqrt(2), from cosines and sines, which NumPy has in float32."
+    angles = np.float32(ALPHA * np.pi) * x
+    return np.stack([np.cos(angles), np.sin(angles)], axis=-1).view(np.complex64)[..., 0] / np.float32(2 ** .5)
+
 class Metric(NamedTuple):
     "A distance between samples and centroids: `finish(sum of squared differences of lifted coordinates)`."
     lift: Callable    # (N, D) float32 -> (N, D) float32 or complex64
@@ -63,7 +71,7 @@ class Metric(NamedTuple):
     undo: Callable    # distance -> the sum it needs, where no difference cancels another
 
 METRICS = {
-    'euler_cosine': Metric(lambda x: np.exp(1j * np.float32(ALPHA * np.pi) * x) / np.float32(2 ** .5), np.abs, lambda d: d),
+    'euler_cosine': Metric(_euler, np.abs, lambda d: d),
     'cosine': Metric(_unit, lambda s: s / 2, lambda d: 2 * d),
     'euclidean': Metric(lambda x: x, lambda s: np.sqrt(np.maximum(s, 0)), np.square),
 }
@@ -95,7 +103,7 @@ def _draw(weight, size, random):
     drawn = np.searchsorted(cumulative, random.uniform(size=size) * cumulative[-1], side='right')
     return np.minimum(drawn, np.flatnonzero(weight)[-1])
 
-# %% ../nbs/04_hdc.ipynb #6522982d
+# %% ../nbs/04_hdc.ipynb #76054132
 def graph_plusplus(graph: csr_array,   # (N, N) distances in [0, 1]; absent: 1
                    n_clusters: int,    # K
                    random_state=None,  # seed or RandomState
@@ -103,7 +111,7 @@ def graph_plusplus(graph: csr_array,   # (N, N) distances in [0, 1]; absent: 1
     "k-means++ starts drawn on graph distances (Arthur and Vassilvitskii 2007, greedy form, distances not squared)."
     random, n = check_random_state(random_state), graph.shape[0]
     trials, starts, closest = 2 + int(np.log(n_clusters)), [], np.ones(n)
-    for k in range(n_clusters):
+    for k in progress(range(n_clusters), 'starts'):
         free = closest if closest.any() else np.ones(n)        # only copies of starts are left: any of them
         if not closest.any(): free[starts] = 0
         candidates = _draw(free, trials if k else 1, random)
@@ -125,7 +133,7 @@ def nearest_start(graph: csr_array,    # (N, N) distances in [0, 1]; absent: 1
         best[cols[nearer]], labels[cols[nearer]] = values[nearer], j
     return labels
 
-# %% ../nbs/04_hdc.ipynb #53f0ef50
+# %% ../nbs/04_hdc.ipynb #2f560d96
 @dataclass
 class CentroidDistances:
     "Distances between fixed samples and moving centroids, the largest of them found without computing all."
@@ -141,26 +149,23 @@ class CentroidDistances:
         self.lifted, self.farthest, self.seen = self.lift(self.x), (0, 0), None
         self.norms = _square_norms(self.lifted)
 
-    def of_pairs(self, rows, lifted):
-        "d of samples `rows` to as many lifted centroids; by differences, which keep their precision where d is small."
+    def of_pairs(self, f, rows, columns):
+        "d of samples `rows` and lifted centroids `columns`; by differences, which keep their precision where d is small."
         sums = np.empty(len(rows), self.lifted.dtype)
         for lo in range(0, len(rows), 4096):
-            e = self.lifted[rows[lo:lo + 4096]] - lifted[lo:lo + 4096]
+            e = self.lifted[rows[lo:lo + 4096]] - f[columns[lo:lo + 4096]]
             sums[lo:lo + 4096] = np.einsum('nd,nd->n', e, e)
         return self.finish(sums)
 
-    def to_own(self, centroids, labels):
-        "d(x_i, c_{l_i}), (N,) float32."
-        return self.of_pairs(np.arange(len(self.x)), self.lift(centroids)[labels])
-
     def membership(self, centroids, labels):
         "exp(-5 d / max d) of each sample in its own cluster, (N,) float32."
-        return np.exp(-5 * self.to_own(centroids, labels) / (self.largest(centroids) or 1)).astype(np.float32)
+        f = self.lift(centroids)
+        return np.exp(-5 * self.of_pairs(f, np.arange(len(self.x)), labels) / (self.largest(f) or 1)).astype(np.float32)
 
-    def largest(self, centroids):
-        "max d over all samples and centroids."
+    def largest(self, f):
+        "max d over all samples and lifted centroids."
         if self.metric == 'cosine': return 2.
-        f, self.found = self.lift(centroids), 0.
+        self.found = 0.
         self.consider(f, self.farthest[0], np.array([self.farthest[1]]), np.array([0]))
         columns = self.reachable(f)
         for lo in range(0, len(self.x) if len(columns) else 0, self.block):
@@ -195,7 +200,7 @@ class CentroidDistances:
     def consider(self, f, lo, columns, places):
         "Compute the pairs at these flat places of a block that begins at sample `lo`; keep the farthest."
         rows, columns = lo + places // len(columns), columns[places % len(columns)]
-        d = self.of_pairs(rows, f[columns])
+        d = self.of_pairs(f, rows, columns)
         self.n_pairs += len(d)
         if d.max(initial=0) > self.found: self.found, self.farthest = d.max(), (rows[d.argmax()], columns[d.argmax()])
 
@@ -319,7 +324,7 @@ def _distinct(starts, n, random):
     others = np.setdiff1d(random.permutation(n), starts, assume_unique=True)
     return np.r_[starts[np.sort(first)], others[:len(starts) - len(first)]]
 
-# %% ../nbs/04_hdc.ipynb #88acd3ac
+# %% ../nbs/04_hdc.ipynb #785b845e
 class HDC(ClusterMixin, BaseEstimator):
     "Harmonic Discrepancy Clustering (3C, arXiv 2408.09464, Algorithm 1), sparse and exact."
     def __init__(self,
@@ -352,10 +357,11 @@ class HDC(ClusterMixin, BaseEstimator):
         k1 = min(self.k1, len(X) - 1)
         graph = jaccard_distance(_unit(X), k1, min(self.k2, k1 + 1)) if graph is None else as_graph(graph, len(X))
         self.init_indices_, self.shift_ = self._starts(X, graph), []
-        for last in hdc_rounds(X, graph, self.init_indices_, metric=self.metric, n_sigma=self.n_sigma, threshold=self.threshold,
-                               normalize_centroids=self.normalize_centroids, ceiling=self.ceiling):
+        rounds = hdc_rounds(X, graph, self.init_indices_, metric=self.metric, n_sigma=self.n_sigma, threshold=self.threshold,
+                            normalize_centroids=self.normalize_centroids, ceiling=self.ceiling)
+        for _, last in zip(progress(range(self.max_iter), 'HDC rounds'), rounds):
             self.shift_.append(last.shift)
-            if len(self.shift_) == self.max_iter or converged(self.shift_, self.min_iter, self.patience): break
+            if converged(self.shift_, self.min_iter, self.patience): break
         self.assignments_ = np.maximum(last.labels, 0)
         self.labels_ = np.where(last.peripheral & self.outliers, -1, last.labels).astype(np.int32)
         self.discrepancy_, self.cluster_centers_, self.n_ceiling_ = last.discrepancy, last.centroids, last.n_ceiling

@@ -95,7 +95,7 @@ def _kmeans(x, n_clusters, min_instances, random_state):
     labels, centroids = drop_small_clusters(kmeans.labels_, kmeans.cluster_centers_.astype(np.float32), min_instances)
     return labels, _cosine_confidence(x, labels, centroids), centroids
 
-# %% ../nbs/05_labels.ipynb #51e3d408
+# %% ../nbs/05_labels.ipynb #e2890ac1
 def make_labels(x: np.ndarray,             # (N, D) float32 embeddings, unit norm
                 method: str = 'hdc',       # 'hdc', 'dbscan' or 'kmeans'
                 min_instances: int = 4,    # HDC, k-means: members a cluster needs; DBSCAN: min_samples
@@ -104,6 +104,7 @@ def make_labels(x: np.ndarray,             # (N, D) float32 embeddings, unit nor
                 eps: float = 0.6,          # DBSCAN: radius in Jaccard distance
                 k1: int = 30, k2: int = 6,  # of the Jaccard graph, where none is given; k1 is clipped to N - 1
                 graph=None,                # (N, N) distances in [0, 1], CSR (absent: 1) or dense
+                index: str = 'exact',      # how neighbours are found where no graph is given: 'exact', 'ivf', 'hnsw'
                 jaccard: bool = True,      # False: HDC on its own metric between samples, DBSCAN on the halved cosine distance, both dense
                 own_centroids: bool = True,  # HDC: its own centroids; False: means of the final members
                 hdc_options: dict = None,  # further arguments of HDC
@@ -114,7 +115,8 @@ def make_labels(x: np.ndarray,             # (N, D) float32 embeddings, unit nor
     if method not in ('hdc', 'dbscan', 'kmeans'): raise ValueError(f"method must be 'hdc', 'dbscan' or 'kmeans'; got {method!r}")
     if method == 'kmeans': return PseudoLabels(*_kmeans(x, n_clusters, min_instances, random_state))
     hdc = HDC(n_clusters, random_state=random_state, **(hdc_options or {}))
-    if graph is None and jaccard: graph = jaccard_distance(x, min(k1, len(x) - 1), min(k2, len(x)))
+    limit = eps if method == 'dbscan' else 1.                       # DBSCAN never looks farther
+    if graph is None and jaccard: graph = jaccard_distance(x, min(k1, len(x) - 1), min(k2, len(x)), limit=limit, index=index)
     elif graph is None: graph = pairwise_distance(x, x, hdc.metric if method == 'hdc' else 'cosine', normalize=True)
     graph = as_graph(graph, len(x))
     if method == 'hdc': return PseudoLabels(*_hdc(x, graph, min_instances, hdc, own_centroids))

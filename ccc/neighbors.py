@@ -12,7 +12,11 @@ from tqdm.auto import tqdm
 
 from . import _neighbors_kernels as kernels
 
-# %% ../nbs/03_neighbors.ipynb #485ed8f9
+# %% ../nbs/03_neighbors.ipynb #a28fd91d
+def on_accelerator(x) -> bool:
+    "Is x a torch tensor that lies elsewhere than in main memory?"
+    return getattr(getattr(x, 'device', None), 'type', 'cpu') != 'cpu'
+
 def _as_embeddings(x) -> np.ndarray:
     "Contiguous float32 rows, finite."
     x = np.ascontiguousarray(x.detach().cpu() if hasattr(x, 'detach') else x, dtype=np.float32)
@@ -21,38 +25,69 @@ def _as_embeddings(x) -> np.ndarray:
         raise ValueError(f'embeddings must be finite; {(~np.isfinite(x)).any(axis=1).sum()} of {len(x)} rows hold NaN or infinity')
     return x
 
-def _search_faiss(x, k):
-    import faiss
-    index = faiss.IndexFlatL2(x.shape[1])
-    index.add(x)
-    return index.search(x, k)
+def progress(items, name):
+    "A progress bar for what takes longer than two seconds."
+    return tqdm(items, name, delay=2, leave=False)
 
+# %% ../nbs/03_neighbors.ipynb #5a95774c
 def _search_torch(x, k, block=2048):
-    "Squared distances by blocks of queries, on whatever device `x` is."
+    "Squared distances and ids by blocks of queries, on whatever device `x` is, as tensors there."
     import torch
     x = torch.as_tensor(x, dtype=torch.float32)
     norms, found = (x * x).sum(1), []
-    for rows in tqdm(x.split(block), desc='neighbours', leave=False, disable=len(x) < 20_000):
+    for rows in progress(x.split(block), 'neighbours'):
         d = (rows * rows).sum(1, keepdim=True) + norms - 2 * rows @ x.T             # (block, N)
-        found.append([part.cpu() for part in d.topk(k, largest=False)])
-    distances, indices = (torch.cat(parts).numpy() for parts in zip(*found))
-    return distances, indices
+        found.append(d.topk(k, largest=False))
+    return tuple(torch.cat(parts) for parts in zip(*found))
 
-def _search(x, k):
+def _search_faiss(x, k, index, block=8192):
+    "Squared distances and ids from a FAISS index over x, built on a GPU where FAISS sees one."
+    import faiss
+    lists = max(1, min(int(4 * len(x) ** .5), len(x) // 39))                        # FAISS's guideline, and its least number of samples a list
+    built = faiss.index_factory(x.shape[1], {'exact': 'Flat', 'ivf': f'IVF{lists},Flat', 'hnsw': 'HNSW32'}[index])
+    if index != 'hnsw' and faiss.get_num_gpus(): built = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, built)
+    built.train(x)
+    built.add(x)
+    if index == 'ivf': built.nprobe = max(8, lists // 32)
+    if index == 'hnsw': built.hnsw.efSearch = 4 * k
+    return tuple(map(np.concatenate, zip(*[built.search(x[lo:lo + block], k) for lo in progress(range(0, len(x), block), 'neighbours')])))
+
+def _search(x, k, index):
     "On an accelerator with torch, else with FAISS, else with torch."
-    if getattr(getattr(x, 'device', None), 'type', 'cpu') != 'cpu': return _search_torch(x, k)
-    try: return _search_faiss(x, k)
-    except ImportError: return _search_torch(x, k)
+    if on_accelerator(x): return tuple(part.cpu().numpy() for part in _search_torch(x, k))
+    try: return _search_faiss(x, k, index)
+    except ImportError:
+        if index != 'exact': raise
+        return tuple(part.numpy() for part in _search_torch(x, k))
 
-# %% ../nbs/03_neighbors.ipynb #3f627655
+# %% ../nbs/03_neighbors.ipynb #b9164f79
 def knn(x,       # (N, D) embeddings, NumPy or torch
         k: int,  # neighbours to return, the sample itself included
+        index: str = 'exact',  # 'exact'; above a million samples 'ivf' or 'hnsw', FAISS's approximations, whose recall is printed
         ) -> tuple[np.ndarray, np.ndarray]:  # squared Euclidean distances (N, k) float32 ascending; ids (N, k) int64
-    "The exact k nearest neighbours of every sample, itself first; ValueError where k > N or a value is not finite."
+    "The k nearest neighbours of every sample, itself first; ValueError where k > N, a value is not finite, or the index is unknown."
     if not 1 <= k <= len(x): raise ValueError(f'k counts the sample itself and must lie in 1..N; got k={k} with N={len(x)}')
-    on_device = getattr(getattr(x, 'device', None), 'type', 'cpu') != 'cpu'
-    distances, indices = _search(x if on_device else _as_embeddings(x), k)
+    if index not in ('exact', 'ivf', 'hnsw'): raise ValueError(f"index must be 'exact', 'ivf' or 'hnsw'; got {index!r}")
+    if not on_accelerator(x): x = _as_embeddings(x)
+    require_memory(len(x) * k * 12, f'The {k} nearest neighbours of {len(x)} samples')
+    distances, indices = _search(x, k, index)
+    if index != 'exact': print(f'{index}: {_recall(x, indices):.2%} of the {k} nearest neighbours found, measured on {min(len(x), 1000)} samples')
     return _self_first(np.maximum(distances, 0), np.asarray(indices, np.int64))
+
+# %% ../nbs/03_neighbors.ipynb #dadcbe4e
+def _recall(x, indices, n=1000):
+    "Share of the exact neighbours of n samples that an approximate search has found."
+    import faiss
+    sample = np.random.default_rng(0).choice(len(x), min(n, len(x)), replace=False)
+    exact = faiss.knn(x[sample], x, indices.shape[1])[1]
+    return float(np.mean([np.isin(e, f).mean() for e, f in zip(exact, indices[sample])]))
+
+def require_memory(n_bytes: int,  # about to be taken
+                   what: str):    # by what
+    "MemoryError, with both numbers, where less memory is free than is about to be taken."
+    import psutil
+    free = psutil.virtual_memory().available
+    if n_bytes > free: raise MemoryError(f'{what} would take {n_bytes / 1e9:.3g} GB; {free / 1e9:.3g} GB are free')
 
 # %% ../nbs/03_neighbors.ipynb #9af6ba93
 def _self_first(distances, indices):
@@ -64,7 +99,7 @@ def _self_first(distances, indices):
     distances[:, 0], indices[:, :1] = 0, own
     return distances, indices
 
-# %% ../nbs/03_neighbors.ipynb #5ba6b876
+# %% ../nbs/03_neighbors.ipynb #56c6a579
 def encode(ranked: np.ndarray,  # (N, k1 + 1) neighbour ids, nearest first, itself first
            distances_of,        # (offsets, members of all sets) -> distance of each sample to the members of its set
            k2: int = 6,         # neighbours whose weights are averaged, the sample itself included; 1: none
@@ -76,6 +111,7 @@ def encode(ranked: np.ndarray,  # (N, k1 + 1) neighbour ids, nearest first, itse
         raise ValueError(f'k2 counts the sample itself and must lie in 1..k1 + 1; got k2={k2} with k1={ranked.shape[1] - 1}')
     half = round((ranked.shape[1] - 1) / 2) + 1                    # as published: half of k1, rounded to even, and the sample
     indptr, indices = kernels.reciprocal_sets(ranked, half, n_threads)
+    require_memory(len(indices) * 8 * (1 + k2), f'The encoding of {len(ranked)} samples')    # its mean over k2 rows holds at most k2 times as much
     weights = np.exp(-distances_of(indptr, indices)).astype(np.float32, copy=False)
     weights /= np.repeat(np.add.reduceat(weights, indptr[:-1]), np.diff(indptr))
     if k2 > 1: indptr, indices, weights = kernels.mean_of_nearest(ranked, indptr, indices, weights, k2, n_threads)
@@ -90,32 +126,38 @@ def k_reciprocal(x,                   # (N, D) embeddings
     x = _as_embeddings(x)
     return encode(ranked, lambda indptr, indices: kernels.set_distances(x, indptr, indices, n_threads), k2, n_threads)
 
-# %% ../nbs/03_neighbors.ipynb #e42414a9
+# %% ../nbs/03_neighbors.ipynb #ad819cc5
 def jaccard_from_weights(V: csr_array,        # (N, N) weights, rows sum to 1
+                         limit: float = 1.,   # pairs farther apart are not stored; 1: all that share a neighbour
                          n_threads: int = 0,  # 0: every core
-                         ) -> csr_array:      # (N, N) float32; stored: distances below 1 and the zero diagonal; absent: 1
-    "Sparse Jaccard distances between the rows of V; indices are int32 while fewer than 2**31 pairs are stored, else int64."
+                         block: int = 8192,   # rows between two ticks of the progress bar
+                         ) -> csr_array:      # (N, N) float32; stored: distances below 1, up to the limit, and the zero diagonal; absent: 1
+    "Sparse Jaccard distances between the rows of V; indices are int32 while fewer than 2**31 pairs are stored, else int64; MemoryError before it starts."
     V.eliminate_zeros()                                             # the kernel takes a weight of 0 for one not met
     V.sort_indices()                                                # s_ij and s_ji add the same terms in the same order: equal to the bit
-    columns = V.tocsc()
-    csr = V.indptr.astype(np.int64), V.indices.astype(np.int32, copy=False), V.data
-    csc = columns.indptr.astype(np.int64), columns.indices.astype(np.int32, copy=False), columns.data
-    indptr = kernels.count_pairs(*csr[:2], *csc[:2], n_threads)
+    weights = [part for W in (V, V.tocsc()) for part in (W.indptr.astype(np.int64), W.indices.astype(np.int32, copy=False), W.data)]
+    n, indptr = V.shape[0], np.zeros(V.shape[0] + 1, np.int64)
+    blocks = [(lo, min(lo + block, n)) for lo in range(0, n, block)]
+    for lo, hi in progress(blocks, 'count pairs'): kernels.count_pairs(*weights, lo, hi, limit, indptr, n_threads)
+    np.cumsum(indptr, out=indptr)
     index = np.int32 if indptr[-1] < 2**31 else np.int64
+    require_memory(indptr[-1] * (np.dtype(index).itemsize + 4), f'A graph of {n} samples and {indptr[-1]} stored pairs')
     indptr, indices, distances = indptr.astype(index), np.empty(indptr[-1], index), np.empty(indptr[-1], np.float32)
-    kernels.fill_pairs(*csr, *csc, indptr, indices, distances, n_threads)
+    for lo, hi in progress(blocks, 'Jaccard distances'): kernels.fill_pairs(*weights, lo, hi, limit, indptr, indices, distances, n_threads)
     return csr_array((distances, indices, indptr), shape=V.shape)
 
-# %% ../nbs/03_neighbors.ipynb #77725ff2
+# %% ../nbs/03_neighbors.ipynb #67692d65
 def jaccard_distance(x,                   # (N, D) embeddings, unit norm
                      k1: int = 30,        # size of the neighbourhoods, the sample itself not counted
                      k2: int = 6,         # neighbours averaged, the sample itself included
+                     *, limit: float = 1.,     # pairs farther apart are not stored
+                     index: str = 'exact',     # or 'ivf', 'hnsw': as of `knn`
                      n_threads: int = 0,  # 0: every core
-                     ) -> csr_array:      # (N, N) float32; stored: distances below 1 and the zero diagonal; absent: 1
+                     ) -> csr_array:      # (N, N) float32; stored: distances below 1, up to the limit, and the zero diagonal; absent: 1
     "The k-reciprocal Jaccard distance (Zhong et al. 2017), exact and sparse; ValueError where k1 >= N or k2 > k1 + 1."
     if not 1 <= k1 < len(x): raise ValueError(f'k1 does not count the sample itself and must lie in 1..N-1; got k1={k1} with N={len(x)}')
-    _, ranked = knn(x, k1 + 1)
-    return jaccard_from_weights(k_reciprocal(x, ranked, k2, n_threads), n_threads)
+    _, ranked = knn(x, k1 + 1, index)
+    return jaccard_from_weights(k_reciprocal(x, ranked, k2, n_threads), limit, n_threads)
 
 def to_dense(graph: csr_array,  # (N, N) stored distances below 1
              ) -> np.ndarray:   # (N, N) float32

@@ -1,19 +1,23 @@
-"""Times the label step against yardsticks of the same run.
+"""Every stage of the label step against its dense twin and against what the machine could do at best.
 
-    python tests/benchmarks/label_step.py [features.npz] [--clusters 750] [--rounds 15]
+    python tests/benchmarks/label_step.py [--features F.npz ...] [--sizes 3000 13000 33000 100000] [--twin-up-to 13000] [--out results.json]
 
-`features.npz` holds `features (N, D)`; without it, random identities under six cameras stand in (easier than real embeddings).
-Yardsticks: FAISS's exact k-NN alone for the graph, one float32 product (N x 512) (512 x K) for a round of HDC.
+`--features` holds `features (N, D)` of a real network; `--sizes` are made embeddings (D = 128, K = N / 20, 18 images a person under 6 cameras). Each runs in a
+process of its own, whose peak memory is reported. `floor` is the time the multiply-adds or the bytes of a stage would take at the rate this machine reaches in the
+same process on a plain matrix product, or on a plain copy; `exponent` the growth from the size before, of made embeddings. Twins run up to `--twin-up-to` samples.
 """
 import argparse
+import json
 import resource
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 
-from ccc.data import toy_embeddings
-from ccc.hdc import graph_plusplus, hdc_rounds
-from ccc.neighbors import jaccard_from_weights, k_reciprocal, knn
+sys.path.insert(0, str(Path(__file__).parent))
+import dense_twin  # noqa: E402
 
 
 def timed(work):
@@ -22,32 +26,132 @@ def timed(work):
     return result, time.perf_counter() - start
 
 
+def embeddings(source):
+    "(N, D) float32 unit norm, K, and where they are from."
+    from ccc.data import toy_embeddings
+    if not source.isdigit():
+        x = np.load(source)['features'].astype(np.float32)
+        return x / np.linalg.norm(x, axis=1, keepdims=True), 750, 'real'
+    n = int(source)
+    return toy_embeddings(-(-n // 18), 6, 3, dim=128, noise=.9)[0][np.random.default_rng(0).permutation(-(-n // 18) * 18)[:n]], n // 20, 'made'
+
+
+def rates(n, k):
+    "Multiply-adds a second of one product (N, 512) (512, K), bytes a second of one copy, and the seconds of the product."
+    rng = np.random.default_rng(0)
+    a, b, copy = rng.normal(size=(min(n, 13000), 512)).astype(np.float32), rng.normal(size=(512, min(k, 750))).astype(np.float32), np.ones(2 ** 26, np.float32)
+    product, target = min(timed(lambda: a @ b)[1] for _ in range(7)), np.empty_like(copy)
+    return len(a) * 512 * b.shape[1] / product, 2 * copy.nbytes / min(timed(lambda: np.copyto(target, copy))[1] for _ in range(5))
+
+
+def ranking_stage(mac, byte):
+    "3,368 queries in 15,913 gallery images, against scikit-learn's average precision of a query at a time (100 of them)."
+    from sklearn.metrics import average_precision_score
+    from ccc.evaluation import evaluate_embeddings
+    rng, shape = np.random.default_rng(0), (3368, 15913)
+    q, g = (rng.normal(size=(n, 128)).astype(np.float32) for n in shape)
+    (qp, gp), (qc, gc) = ([rng.integers(0, top, n) for n in shape] for top in (750, 6))
+    _, seconds = timed(lambda: evaluate_embeddings(q, g, qp, gp, qc, gc))
+    distances = ((q[:100, None] - g[None, :1]) ** 2).sum(-1) + rng.random((100, shape[1]))
+    def twin():
+        for i in range(100):
+            valid = ~((gp == qp[i]) & (gc == qc[i]))
+            average_precision_score(gp[valid] == qp[i], -distances[i, valid])
+    return dict(seconds=seconds, floor=shape[0] * shape[1] * (128 / mac + 8 / byte), twin=timed(twin)[1] * shape[0] / 100)
+
+
+def measure(source, twin, rounds):
+    "All stages on one set of embeddings."
+    from ccc.hdc import HDC, converged, graph_plusplus, hdc_rounds
+    from ccc.labels import make_labels
+    from ccc.neighbors import jaccard_distance, jaccard_from_weights, k_reciprocal, knn, to_dense
+    x, k, kind = embeddings(source)
+    n, d = x.shape
+    mac, byte = rates(n, k)
+    knn(x[:100], 5)                                                                 # imports are nobody's work
+    (_, ranked), search = timed(lambda: knn(x, 31))
+    V, encode = timed(lambda: k_reciprocal(x, ranked))
+    graph, jaccard = timed(lambda: jaccard_from_weights(V))
+    products = int((np.bincount(V.indices, minlength=n).astype(np.int64) ** 2).sum())
+    begin, start = timed(lambda: graph_plusplus(graph, k, 0))
+    found, times, generator = [], [], hdc_rounds(x, graph, begin)
+    while len(found) < rounds:
+        one, seconds = timed(lambda: next(generator))
+        found.append(one), times.append(seconds)
+        if converged([r.shift for r in found]): break
+    encode_bytes = n * 4 * (31 * 31 + 31 * 16 * 16) + V.nnz * 24                    # lists searched for mutual neighbours; weights averaged, written
+    graph_bytes = graph.data.nbytes + graph.indices.nbytes
+    dbscan, density = timed(lambda: make_labels(x, 'dbscan', eps=.5))
+    stages = {
+        'k-NN': dict(seconds=search, floor=n * n * d / mac),
+        'encoding': dict(seconds=encode, floor=encode_bytes / byte),
+        'Jaccard': dict(seconds=jaccard, floor=(products * 12 + graph_bytes) / byte),
+        'graph': dict(seconds=search + encode + jaccard, floor=n * n * d / mac + (encode_bytes + products * 12 + graph_bytes) / byte),
+        'starts': dict(seconds=start, floor=k * (24 * n + 8 * (2 + np.log(k)) * graph.nnz / n) / byte),
+        'HDC round': dict(seconds=float(np.median(times)), floor=n * 2 * d * k / mac + graph_bytes / byte),
+        'HDC, all rounds': dict(seconds=sum(times), floor=len(times) * (n * 2 * d * k / mac + graph_bytes / byte)),
+        'label step': dict(seconds=search + encode + jaccard + start + sum(times)),
+        'label step, DBSCAN': dict(seconds=density),
+    }
+    stages['label step']['floor'] = sum(stages[s]['floor'] for s in ('graph', 'starts', 'HDC, all rounds'))
+    about = dict(source=kind, n=n, d=d, k=k, rounds=len(found), neighbours_a_row=graph.nnz / n, product=n * 512 * k / mac, gflops=2 * mac / 1e9, gb_s=byte / 1e9,
+                 clusters=int(len(np.unique(found[-1].labels))), dbscan_clusters=dbscan.n_clusters, peak_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+    if n <= twin:
+        slow_ranked, stages['k-NN']['twin'] = timed(lambda: dense_twin.neighbours(x, 31))
+        dense_V, stages['encoding']['twin'] = timed(lambda: dense_twin.encoding(x, slow_ranked, 6))
+        J, stages['Jaccard']['twin'] = timed(lambda: dense_twin.jaccard(dense_V))
+        about['graph_difference'] = float(np.abs(J - to_dense(graph)).max())
+        del dense_V
+        slow_starts, stages['starts']['twin'] = timed(lambda: dense_twin.starts(J, k, 0))
+        a, slow_times, labels, c, same = 1 - np.exp(-J), [], J[:, begin].argmin(1), x[begin], []
+        for r in found[:3]:                                                         # all rounds cost a dense twin the same
+            (labels, H), seconds = timed(lambda: dense_twin.hdc_round(x, a, labels, c))
+            c, update = timed(lambda: dense_twin.centroids(x, labels, H, k))
+            slow_times.append(seconds + update)
+            same.append(float((labels == r.labels).mean()))
+            labels = r.labels
+        about |= dict(starts_equal=float((slow_starts == begin).mean()), labels_equal=same)
+        stages['graph']['twin'] = sum(stages[s]['twin'] for s in ('k-NN', 'encoding', 'Jaccard'))
+        stages['HDC round']['twin'] = float(np.median(slow_times))
+        stages['HDC, all rounds']['twin'] = stages['HDC round']['twin'] * len(found)
+        stages['label step']['twin'] = sum(stages[s]['twin'] for s in ('graph', 'starts', 'HDC, all rounds'))
+    if kind == 'real': stages['ranking'] = ranking_stage(mac, byte)
+    return dict(about, stages=stages)
+
+
+def table(results):
+    "Lines to print."
+    made, last = [r for r in results if r['source'] == 'made'], None
+    for r in results:
+        s = r['stages']
+        yield (f"\n{r['source']}: N = {r['n']:,}, D = {r['d']}, K = {r['k']}, {r['neighbours_a_row']:.0f} stored neighbours a row, {r['rounds']} rounds; peak {r['peak_gb']:.2f} GB; "
+               f"graph {s['graph']['seconds'] / s['k-NN']['seconds']:.2f} x k-NN, HDC round {s['HDC round']['seconds'] / r['product']:.1f} x one product (N x 512)(512 x K)")
+        if 'labels_equal' in r: yield f"twin: graph differs by {r['graph_difference']:.1e} at most, starts equal {r['starts_equal']:.2%}, labels of three rounds equal {', '.join(f'{e:.2%}' for e in r['labels_equal'])}"
+        yield f"{'stage':20}{'seconds':>10}{'x floor':>10}{'twin':>10}{'twin / ours':>13}{'exponent':>10}"
+        for name, t in s.items():
+            cells = [f"{t['seconds']:10.3f}", f"{t['seconds'] / t['floor']:10.1f}" if 'floor' in t else ' ' * 10,
+                     f"{t['twin']:10.1f}{t['twin'] / t['seconds']:13.1f}" if 'twin' in t else ' ' * 23,
+                     f"{np.log(t['seconds'] / last['stages'][name]['seconds']) / np.log(r['n'] / last['n']):10.2f}" if r in made and last else '']
+            yield f'{name:20}' + ''.join(cells)
+        if r in made: last = r
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('features', nargs='?')
-    parser.add_argument('--clusters', type=int, default=750)
-    parser.add_argument('--rounds', type=int, default=15)
+    parser.add_argument('--features', nargs='*', default=[])
+    parser.add_argument('--sizes', nargs='*', default=['3000', '13000', '33000', '100000'])
+    parser.add_argument('--twin-up-to', type=int, default=13000)
+    parser.add_argument('--rounds', type=int, default=80)
+    parser.add_argument('--out')
+    parser.add_argument('--one', help=argparse.SUPPRESS)
     args = parser.parse_args()
-    x = np.load(args.features)['features'] if args.features else toy_embeddings(600, 6, 3, dim=256)[0]
-    x = x.astype(np.float32)
-    x /= np.linalg.norm(x, axis=1, keepdims=True)
-    rng = np.random.default_rng(0)
-    a, b = rng.normal(size=(len(x), 512)).astype(np.float32), rng.normal(size=(512, args.clusters)).astype(np.float32)
-    product = min(timed(lambda: a @ b)[1] for _ in range(5))
-    (_, ranked), neighbours = timed(lambda: knn(x, 31))
-    V, encoding = timed(lambda: k_reciprocal(x, ranked))
-    graph, jaccard = timed(lambda: jaccard_from_weights(V))
-    starts, start = timed(lambda: graph_plusplus(graph, args.clusters, 0))
-    rounds = hdc_rounds(x, graph, starts)
-    times = [timed(lambda: next(rounds))[1] for _ in range(args.rounds)]
-    whole = neighbours + encoding + jaccard
-    print(f'N = {len(x)}, D = {x.shape[1]}, K = {args.clusters}, {graph.nnz / len(x):.0f} stored neighbours a row')
-    for name, seconds, ratio in [('k-NN (FAISS)', neighbours, ''), ('k-reciprocal encoding', encoding, ''), ('Jaccard distances', jaccard, ''),
-                                 ('graph, whole', whole, f'{whole / neighbours:.2f} x the k-NN'), ('one product', product, ''), ('k-means++ on the graph', start, ''),
-                                 ('HDC round, median', np.median(times), f'{np.median(times) / product:.1f} x the product'),
-                                 ('HDC round, slowest', max(times), f'{max(times) / product:.1f} x the product')]:
-        print(f'{name:24}{seconds:8.2f} s   {ratio}')
-    print(f'peak memory of the process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB')
+    if args.one: return print('result', json.dumps(measure(args.one, args.twin_up_to, args.rounds)))
+    results = []
+    for source in [*args.features, *args.sizes]:
+        run = subprocess.run([sys.executable, __file__, '--one', source, '--twin-up-to', str(args.twin_up_to), '--rounds', str(args.rounds)], stdout=subprocess.PIPE, text=True, check=True)
+        results.append(json.loads(run.stdout.split('result ')[-1]))
+        print(*list(table(results))[-len(list(table(results[-1:]))):], sep='\n', flush=True)
+        if args.out: Path(args.out).write_text(json.dumps(results, indent=1) + '\n')
 
 
 if __name__ == '__main__':

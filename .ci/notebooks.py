@@ -34,15 +34,25 @@ def shrink(notebook):
     "Stored pictures in 256 colours: half the bytes, and the same to the eye."
     for output in (o for cell in notebook.cells for o in cell.get('outputs', []) if 'image/png' in o.get('data', {})):
         stored, small = base64.b64decode(output.data['image/png']), io.BytesIO()
+        if getattr(Image.open(io.BytesIO(stored)), 'is_animated', False):
+            continue                                             # an animation keeps its frames
         Image.open(io.BytesIO(stored)).convert('RGB').quantize(256, Image.Quantize.MAXCOVERAGE, dither=0).save(small, 'PNG', optimize=True)
         output.data['image/png'] = base64.b64encode(min(stored, small.getvalue(), key=len)).decode()
+
+
+def still(notebook):
+    "Widgets live in their kernel; what is stored is their picture."
+    notebook.metadata.pop('widgets', None)
+    for output in (o for cell in notebook.cells for o in cell.get('outputs', [])):
+        output.get('data', {}).pop('application/vnd.jupyter.widget-view+json', None)
 
 
 def run(paths):
     for path in paths:
         notebook = nbformat.read(path, 4)
-        SkippingClient(notebook, timeout=1200, kernel_name='python3',
+        SkippingClient(notebook, timeout=1200, kernel_name='python3', store_widget_state=False,
                        resources={'metadata': {'path': str(Path(path).parent)}}).execute()
+        still(notebook)
         shrink(notebook)
         nbformat.write(notebook, path)
         subprocess.run([Path(sys.executable).parent / 'nbdev_clean', '--fname', path], check=True)

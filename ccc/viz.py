@@ -120,10 +120,10 @@ def sample_points(n: int,          # points there are
     if max_points is None or n <= max_points: return np.arange(n)
     return np.sort(np.random.default_rng(seed).choice(n, max_points, replace=False))
 
-# %% ../nbs/00_viz.ipynb #54198b4a
+# %% ../nbs/00_viz.ipynb #deeaa1f7
 # Okabe and Ito's colours without black (text) and yellow (too faint on white), with a brown and an indigo.
 _COLOURS = ['#0072B2', '#E69F00', '#009E73', '#D55E00', '#56B4E9', '#CC79A7', '#8C510A', '#332288']
-_MARKERS = ['o', 's', '^', 'D', 'v', 'P', 'X', '<', 'p', '>', '*']
+_MARKERS = ['o', 's', '^', 'D', 'v', 'P', 'h', '<', 'p', '>', '*']    # none of them a cross: that is for outliers
 _GREY, _PALE, _RIGHT, _WRONG = '#9a9a9a', '#c3d3e3', '#009E73', '#D55E00'
 
 def _style(j):
@@ -482,7 +482,7 @@ def _ranked(distances, q, q_pids, g_pids, q_camids, g_camids):
     order = np.argsort(distances, kind='stable')
     return order[~skip[order]], skip
 
-# %% ../nbs/00_viz.ipynb #b54d33a8
+# %% ../nbs/00_viz.ipynb #d7067347
 def show_ranking(query,             # Split of queries: image(i), pids, camids
                  gallery,           # Split of the gallery
                  distmat,           # distances (Q, G), or only the rows of `positions`; smaller is closer
@@ -506,7 +506,7 @@ def show_ranking(query,             # Split of queries: image(i), pids, camids
         _show(line[0], _pixels(query, i), 'black', 'query')
         for rank, (ax, j) in zip(ranks, zip(line[1:], order)):
             right = g[0][j] == q[0][i]
-            if skip[j]: _show(ax, _pixels(gallery, j), _COLOURS[0], f'own cam {distances[j]:.2f}', dashed=True)
+            if skip[j]: _show(ax, _pixels(gallery, j), _COLOURS[0], f'own {distances[j]:.2f}', dashed=True)
             else: _show(ax, _pixels(gallery, j), _RIGHT if right else _WRONG, f'{rank} {"✓" if right else "✗"} {distances[j]:.2f}', dashed=not right)
     if title: fig.suptitle(title, fontsize=10)
     return fig

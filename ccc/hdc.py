@@ -7,9 +7,11 @@ __all__ = ['CEILING', 'ALPHA', 'METRICS', 'as_graph', 'discrepancies', 'Metric',
            'nearest_start', 'CentroidDistances', 'refill', 'peripheral_objects', 'cluster_means', 'Round', 'hdc_rounds',
            'converged', 'HDC']
 
-# %% ../nbs/04_hdc.ipynb #c9281e54
+# %% ../nbs/04_hdc.ipynb #a6ff392d
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -20,9 +22,9 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import validate_data
 
 from . import _hdc_kernels as kernels
-from .neighbors import jaccard_distance, progress
+from .neighbors import as_numpy, is_tensor, jaccard_distance, on_accelerator, progress
 
-# %% ../nbs/04_hdc.ipynb #43ee5b41
+# %% ../nbs/04_hdc.ipynb #695c9c7a
 CEILING = 1 - np.exp(-np.float32(1))  # float32, as computed for stored pairs: the discrepancy of two samples that share no neighbour
 
 def as_graph(graph,           # (N, N) distances in [0, 1]: sparse with absent pairs at 1, or dense
@@ -30,11 +32,11 @@ def as_graph(graph,           # (N, N) distances in [0, 1]: sparse with absent p
              ) -> csr_array:  # (N, N) float32; absent: 1
     "The graph as CSR; ValueError for another shape or for values outside [0, 1]."
     if graph.shape != (n, n): raise ValueError(f'graph must be (N, N) = ({n}, {n}), one row for each row of X; got {graph.shape}')
-    if not issparse(graph):
+    if not issparse(graph) and not is_tensor(graph.data):
         stored = np.asarray(graph) != 1
         indptr = np.r_[0, np.count_nonzero(stored, axis=1).cumsum()].astype(np.int32)
         graph = csr_array((np.asarray(graph)[stored], np.nonzero(stored)[1].astype(np.int32), indptr), shape=(n, n))
-    graph = csr_array(graph).astype(np.float32, copy=False)
+    if not is_tensor(graph.data): graph = csr_array(graph).astype(np.float32, copy=False)
     if graph.nnz and not (graph.data.min() >= 0 and graph.data.max() <= 1):       # NaN fails both
         raise ValueError(f'graph distances must lie in [0, 1]; got values from {graph.data.min()} to {graph.data.max()}')
     return graph
@@ -42,18 +44,19 @@ def as_graph(graph,           # (N, N) distances in [0, 1]: sparse with absent p
 def discrepancies(graph: csr_array,  # (N, N) distances in [0, 1]; absent: 1
                   ) -> csr_array:    # (N, N) float32 in [0, CEILING]; absent: CEILING
     "Sample-sample discrepancies 1 - exp(-J) of the stored pairs."
+    if is_tensor(graph.data): return replace(graph, data=1 - (-graph.data).exp())
     a = np.negative(graph.data)                      # in place: this is the largest array of the step
     np.exp(a, out=a)
     np.subtract(1, a, out=a)
     return csr_array((a, graph.indices, graph.indptr), shape=graph.shape)
 
-# %% ../nbs/04_hdc.ipynb #4cf868c8
+# %% ../nbs/04_hdc.ipynb #aab8570d
 ALPHA = 1.9  # of the Euler cosine, as published
 
 def _unit(x):
     "Rows scaled to unit norm; rows of zeros stay."
-    norms = np.linalg.norm(x, axis=1, keepdims=True)
-    return x / np.where(norms > 0, norms, 1)
+    norms = (x * x).sum(1)[:, None] ** .5
+    return x / (norms + (norms == 0))
 
 def _square_norms(z):
     "Sum of |z|^2 over each row, real or complex."
@@ -91,11 +94,11 @@ def pairwise_distance(x: np.ndarray,                 # (N, D) float32
     d = finish(_squared_differences(lift(np.asarray(x, np.float32)), lift(np.asarray(y, np.float32))))
     return d / (2 if metric == 'cosine' else d.max() or 1) if normalize else d
 
-# %% ../nbs/04_hdc.ipynb #01da66e5
+# %% ../nbs/04_hdc.ipynb #a174e99e
 def _row(graph, i):
-    "Columns and values of one row."
-    s = slice(graph.indptr[i], graph.indptr[i + 1])
-    return graph.indices[s], graph.data[s]
+    "Columns and values of one row, in NumPy wherever the graph is."
+    s = slice(int(graph.indptr[i]), int(graph.indptr[i + 1]))
+    return as_numpy(graph.indices[s]), as_numpy(graph.data[s])
 
 def _draw(weight, size, random):
     "Indices drawn in proportion to weight; the last index of positive weight where rounding would run off the end."
@@ -253,21 +256,21 @@ def cluster_means(x: np.ndarray,       # (N, D) float32
     sums = csr_array((np.ones(len(members), x.dtype), (labels[members], members)), shape=(n_clusters, len(x))) @ x  # (K, N) @ (N, D) -> (K, D)
     return sums / np.maximum(np.bincount(labels[members], minlength=n_clusters), 1).astype(x.dtype)[:, None]
 
-# %% ../nbs/04_hdc.ipynb #8880c583
+# %% ../nbs/04_hdc.ipynb #0dfc92a0
 @dataclass
 class Round:
     "What one round of HDC leaves behind."
     labels: np.ndarray       # (N,) int32; -1 only for samples that share no neighbour with any cluster, if so asked
     discrepancy: np.ndarray  # (N,) float32 H in the own cluster
     peripheral: np.ndarray   # (N,) bool
-    centroids: np.ndarray    # (K, D) float32
+    centroids: np.ndarray    # (K, D) float32, where x is
     shift: float             # summed squared change of the centroids
     n_ceiling: int           # samples that share no neighbour with any cluster
 
-def _nearest_cluster(a, labels, m, k):
+def _nearest_cluster(assign, a, labels, m, k):
     "Nearest cluster (-1: all at the ceiling), its H, the sum of H, and a function for the H of any one sample and cluster."
     order, start = _members(labels, m, k)
-    nearest, H, total = kernels.assign(a.indptr, a.indices, a.data, labels, m, order, start, CEILING)
+    nearest, H, total = assign(a.indptr, a.indices, a.data, labels, m, order, start, CEILING)
     def row(i):
         dense = np.full(len(labels), CEILING)
         cols, values = _row(a, i)
@@ -284,7 +287,14 @@ def _nearest_cluster(a, labels, m, k):
         nearest[nearer], H[nearer] = empty[0], column[nearer]
     return nearest, H, total, discrepancy_to
 
-# %% ../nbs/04_hdc.ipynb #685362b4
+# %% ../nbs/04_hdc.ipynb #b75a62b9
+def parts_for(x):
+    "CentroidDistances, assign and cluster_means for the place where the embeddings are."
+    if not is_tensor(x): return SimpleNamespace(CentroidDistances=CentroidDistances, assign=kernels.assign, cluster_means=cluster_means)
+    from ccc import _hdc_torch
+    return _hdc_torch
+
+# %% ../nbs/04_hdc.ipynb #81e71c56
 def hdc_rounds(x: np.ndarray,             # (N, D) float32 embeddings
                graph,                     # (N, N) distances in [0, 1], CSR or dense
                starts: np.ndarray,        # (K,) sample indices to start from
@@ -293,18 +303,19 @@ def hdc_rounds(x: np.ndarray,             # (N, D) float32 embeddings
                ) -> Iterator[Round]:      # without end: who loops decides when to stop
     "Harmonic Discrepancy Clustering round by round (3C, Algorithm 1)."
     def settle(nearest): return np.maximum(nearest, 0) if ceiling == 'first' else nearest
-    graph, k, distances = as_graph(graph, len(x)), len(starts), CentroidDistances(x, metric)
-    a = discrepancies(graph)
+    graph, k = as_graph(graph, len(x)), len(starts)
+    on = parts_for(x)
+    a, distances = discrepancies(graph), on.CentroidDistances(x, metric)
     labels, centroids = settle(nearest_start(graph, starts)), x[starts]
     while True:
         m = distances.membership(centroids, np.maximum(labels, 0))
-        nearest, H, total, discrepancy_to = _nearest_cluster(a, labels, m, k)
+        nearest, H, total, discrepancy_to = _nearest_cluster(on.assign, a, labels, m, k)
         labels, n_ceiling = settle(nearest), np.count_nonzero(nearest < 0)
         refill(labels, H, total - H, k, discrepancy_to)
         peripheral = peripheral_objects(labels, H, k, n_sigma, threshold)
-        means = cluster_means(x, np.where(peripheral, -1, labels), k)
+        means = on.cluster_means(x, np.where(peripheral, -1, labels), k)
         if normalize_centroids: means = _unit(means)
-        shift = float(((means - centroids).astype(np.float64) ** 2).sum())
+        shift = float((as_numpy(means - centroids).astype(np.float64) ** 2).sum())
         centroids = means
         yield Round(labels.copy(), H, peripheral, centroids, shift, n_ceiling)
 
@@ -324,7 +335,7 @@ def _distinct(starts, n, random):
     others = np.setdiff1d(random.permutation(n), starts, assume_unique=True)
     return np.r_[starts[np.sort(first)], others[:len(starts) - len(first)]]
 
-# %% ../nbs/04_hdc.ipynb #785b845e
+# %% ../nbs/04_hdc.ipynb #83b3586d
 class HDC(ClusterMixin, BaseEstimator):
     "Harmonic Discrepancy Clustering (3C, arXiv 2408.09464, Algorithm 1), sparse and exact."
     def __init__(self,
@@ -347,27 +358,34 @@ class HDC(ClusterMixin, BaseEstimator):
         self.max_iter, self.min_iter, self.patience, self.k1, self.k2, self.random_state = max_iter, min_iter, patience, k1, k2, random_state
 
     def fit(self,
-            X,             # (N, D) embeddings
+            X,             # (N, D) embeddings; a tensor on an accelerator stays there
             y=None,        # ignored: labels are never read
             *,
-            graph=None):   # (N, N) distances in [0, 1], CSR (absent: 1) or dense; None: Jaccard distance of the row-normalised X
+            graph=None):   # (N, N) distances in [0, 1], CSR (absent: 1), dense, or a graph on an accelerator; None: Jaccard distance of the row-normalised X
         "Cluster X; sets `labels_ assignments_ confidence_ discrepancy_ cluster_centers_ n_iter_ shift_ init_indices_ n_ceiling_`."
-        X = validate_data(self, X, dtype=np.float32, ensure_min_samples=2)
+        X = self._validated(X, graph)
         self._check(len(X))
         k1 = min(self.k1, len(X) - 1)
         graph = jaccard_distance(_unit(X), k1, min(self.k2, k1 + 1)) if graph is None else as_graph(graph, len(X))
         self.init_indices_, self.shift_ = self._starts(X, graph), []
         rounds = hdc_rounds(X, graph, self.init_indices_, metric=self.metric, n_sigma=self.n_sigma, threshold=self.threshold,
                             normalize_centroids=self.normalize_centroids, ceiling=self.ceiling)
-        for _, last in zip(progress(range(self.max_iter), 'HDC rounds'), rounds):
+        for last in progress(islice(rounds, self.max_iter), 'HDC rounds'):
             self.shift_.append(last.shift)
             if converged(self.shift_, self.min_iter, self.patience): break
         self.assignments_ = np.maximum(last.labels, 0)
         self.labels_ = np.where(last.peripheral & self.outliers, -1, last.labels).astype(np.int32)
-        self.discrepancy_, self.cluster_centers_, self.n_ceiling_ = last.discrepancy, last.centroids, last.n_ceiling
+        self.discrepancy_, self.cluster_centers_, self.n_ceiling_ = last.discrepancy, as_numpy(last.centroids), last.n_ceiling
         self.confidence_ = np.clip(1 - last.discrepancy / CEILING, 0, 1)
         self.n_iter_ = len(self.shift_)
         return self
+
+    def _validated(self, X, graph):
+        "(N, D) float32, finite; a tensor only where the work is to be done on its device."
+        if not on_accelerator(X) and not is_tensor(getattr(graph, 'data', None)): return validate_data(self, X, dtype=np.float32, ensure_min_samples=2)
+        X, self.n_features_in_ = X.detach().float(), X.shape[1]
+        if not bool(X.isfinite().all()): raise ValueError('X must be finite; got NaN or infinity')
+        return X
 
     def _check(self, n):
         "Every parameter against its rule, before any work."
@@ -386,6 +404,6 @@ class HDC(ClusterMixin, BaseEstimator):
             return starts
         random = check_random_state(self.random_state)
         if self.init == 'k-means++': return graph_plusplus(graph, self.n_clusters, random)
-        if self.init == 'k-means++-x': return _distinct(kmeans_plusplus(X, self.n_clusters, random_state=random)[1], len(X), random)
+        if self.init == 'k-means++-x': return _distinct(kmeans_plusplus(as_numpy(X), self.n_clusters, random_state=random)[1], len(X), random)
         if self.init == 'random': return random.choice(len(X), self.n_clusters, replace=False)
         raise ValueError(f"init must be 'k-means++', 'k-means++-x', 'random' or an array of sample indices; got {self.init!r}")

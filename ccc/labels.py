@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['OUTLIER', 'PseudoLabels', 'drop_small_clusters', 'within', 'make_labels', 'churn', 'diagnose']
 
-# %% ../nbs/05_labels.ipynb #4a963ae6
+# %% ../nbs/05_labels.ipynb #e22dbdc8
+import contextlib
+import io
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,9 +17,10 @@ from sklearn.cluster import DBSCAN, KMeans
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from sklearn.metrics.cluster import contingency_matrix
 from sklearn.neighbors import sort_graph_by_row_values
+from sklearn.utils import check_random_state
 
-from .hdc import HDC, as_graph, cluster_means, pairwise_distance
-from .neighbors import jaccard_distance
+from .hdc import HDC, as_graph, pairwise_distance, parts_for
+from .neighbors import as_numpy, is_tensor, jaccard_distance, on_accelerator
 
 # %% ../nbs/05_labels.ipynb #7bcf490b
 OUTLIER = -1
@@ -58,11 +61,12 @@ def drop_small_clusters(labels: np.ndarray,      # (N,) int, OUTLIER = -1
     renumbered = np.append(np.where(stays, stays.cumsum() - 1, OUTLIER), OUTLIER)     # the last entry answers label -1
     return renumbered[labels].astype(np.int32), centroids[stays]
 
-# %% ../nbs/05_labels.ipynb #11c85d7c
+# %% ../nbs/05_labels.ipynb #39cf3d57
 def within(graph: csr_array,  # (N, N) distances; absent: 1
            eps: float,        # pairs farther apart are dropped
            ) -> csr_array:    # each row in ascending order, as scikit-learn's neighbour searches want it
     "The graph thinned to pairs at most eps apart."
+    graph = csr_array((as_numpy(graph.data), as_numpy(graph.indices), as_numpy(graph.indptr)), shape=graph.shape)
     kept = graph.data <= eps
     indptr = np.r_[0, np.cumsum(kept, dtype=np.int64)][graph.indptr]
     thin = csr_array((graph.data[kept], graph.indices[kept], indptr), shape=graph.shape)
@@ -70,33 +74,47 @@ def within(graph: csr_array,  # (N, N) distances; absent: 1
 
 def _dbscan(x, graph, eps, min_instances):
     labels = DBSCAN(eps=eps, min_samples=min_instances, metric='precomputed').fit_predict(within(graph, eps)).astype(np.int32)
-    centroids = cluster_means(x, labels, labels.max() + 1)
+    centroids = as_numpy(parts_for(x).cluster_means(x, labels, labels.max() + 1))
     return labels, _cosine_confidence(x, labels, centroids), centroids
 
-# %% ../nbs/05_labels.ipynb #ba66e6d5
+# %% ../nbs/05_labels.ipynb #8ad7f7e6
 def _cosine_confidence(x, labels, centroids):
     "(1 + cosine to the own centroid) / 2, 0 for outliers; (N,) float32."
-    confidence, members = np.zeros(len(x), np.float32), labels >= 0
-    own = centroids[labels[members]]
-    norms = np.linalg.norm(x[members], axis=1) * np.linalg.norm(own, axis=1)
-    confidence[members] = (1 + np.einsum('nd,nd->n', x[members], own) / np.where(norms > 0, norms, 1)) / 2
+    confidence, members = np.zeros(len(x), np.float32), np.flatnonzero(labels >= 0)
+    z, own = x[members], centroids[labels[members]]
+    if is_tensor(x): own = x.new_tensor(own)
+    norms = ((z * z).sum(1) * (own * own).sum(1)) ** .5
+    confidence[members] = as_numpy(1 + (z * own).sum(1) / (norms + (norms == 0))) / 2
     return np.clip(confidence, 0, 1)
 
-# %% ../nbs/05_labels.ipynb #194c2a7c
+# %% ../nbs/05_labels.ipynb #c62cb227
 def _hdc(x, graph, min_instances, hdc, own_centroids):
     hdc.fit(x, graph=graph)
-    centroids = hdc.cluster_centers_ if own_centroids else cluster_means(x, hdc.labels_, hdc.n_clusters)
+    centroids = hdc.cluster_centers_ if own_centroids else as_numpy(parts_for(x).cluster_means(x, hdc.labels_, hdc.n_clusters))
     labels, centroids = drop_small_clusters(hdc.labels_, centroids, min_instances)
     return labels, hdc.confidence_, centroids
 
 def _kmeans(x, n_clusters, min_instances, random_state):
     if n_clusters > len(x): raise ValueError(f'n_clusters must not exceed the number of samples; got n_clusters={n_clusters} with n_samples={len(x)}')
-    kmeans = KMeans(n_clusters, n_init=1, random_state=random_state).fit(x)
-    labels, centroids = drop_small_clusters(kmeans.labels_, kmeans.cluster_centers_.astype(np.float32), min_instances)
+    labels, centroids = _kmeans_faiss(x, n_clusters, random_state) if is_tensor(x) else _kmeans_sklearn(x, n_clusters, random_state)
+    labels, centroids = drop_small_clusters(labels, centroids, min_instances)
     return labels, _cosine_confidence(x, labels, centroids), centroids
 
-# %% ../nbs/05_labels.ipynb #e2890ac1
-def make_labels(x: np.ndarray,             # (N, D) float32 embeddings, unit norm
+def _kmeans_sklearn(x, n_clusters, random_state):
+    kmeans = KMeans(n_clusters, n_init=1, random_state=random_state).fit(x)
+    return kmeans.labels_, kmeans.cluster_centers_.astype(np.float32)
+
+def _kmeans_faiss(x, n_clusters, random_state):
+    "FAISS's own, from samples drawn at random: on the GPU that holds x, where FAISS sees it."
+    import faiss
+    from faiss.contrib.torch.clustering import DatasetAssign, DatasetAssignGPU, kmeans
+    data = DatasetAssignGPU(faiss.StandardGpuResources(), x) if on_accelerator(x) and faiss.get_num_gpus() else DatasetAssign(x.cpu())
+    seed = check_random_state(random_state).randint(2**31)
+    with contextlib.redirect_stdout(io.StringIO()): centroids = kmeans(n_clusters, data, seed=seed, verbose=False)   # it prints all the same
+    return data.assign_to(centroids)[0].astype(np.int32), as_numpy(centroids)
+
+# %% ../nbs/05_labels.ipynb #52864d13
+def make_labels(x,                         # (N, D) float32 embeddings, unit norm; a tensor on an accelerator stays there
                 method: str = 'hdc',       # 'hdc', 'dbscan' or 'kmeans'
                 min_instances: int = 4,    # HDC, k-means: members a cluster needs; DBSCAN: min_samples
                 *,
@@ -111,7 +129,8 @@ def make_labels(x: np.ndarray,             # (N, D) float32 embeddings, unit nor
                 random_state=None,         # seed, for the starts
                 ) -> PseudoLabels:
     "Cluster one epoch's embeddings (3C, section III); ValueError for an unknown method or impossible sizes."
-    x = np.ascontiguousarray(x.detach().cpu() if hasattr(x, 'detach') else x, np.float32)
+    stays = jaccard and (on_accelerator(x) or is_tensor(getattr(graph, 'data', None)))
+    x = x.detach().float() if stays else np.ascontiguousarray(as_numpy(x), np.float32)
     if method not in ('hdc', 'dbscan', 'kmeans'): raise ValueError(f"method must be 'hdc', 'dbscan' or 'kmeans'; got {method!r}")
     if method == 'kmeans': return PseudoLabels(*_kmeans(x, n_clusters, min_instances, random_state))
     hdc = HDC(n_clusters, random_state=random_state, **(hdc_options or {}))

@@ -12,14 +12,22 @@ from tqdm.auto import tqdm
 
 from . import _neighbors_kernels as kernels
 
-# %% ../nbs/03_neighbors.ipynb #a28fd91d
+# %% ../nbs/03_neighbors.ipynb #c0e42f2b
 def on_accelerator(x) -> bool:
     "Is x a torch tensor that lies elsewhere than in main memory?"
     return getattr(getattr(x, 'device', None), 'type', 'cpu') != 'cpu'
 
+def is_tensor(a) -> bool:
+    "A torch tensor, known without importing torch."
+    return hasattr(a, 'detach')
+
+def as_numpy(a):
+    "NumPy of an array or of a tensor on any device."
+    return a.detach().cpu().numpy() if is_tensor(a) else a
+
 def _as_embeddings(x) -> np.ndarray:
     "Contiguous float32 rows, finite."
-    x = np.ascontiguousarray(x.detach().cpu() if hasattr(x, 'detach') else x, dtype=np.float32)
+    x = np.ascontiguousarray(as_numpy(x), dtype=np.float32)
     if x.ndim != 2: raise ValueError(f'embeddings must be (N, D); got shape {x.shape}')
     if not np.isfinite(x).all():
         raise ValueError(f'embeddings must be finite; {(~np.isfinite(x)).any(axis=1).sum()} of {len(x)} rows hold NaN or infinity')
@@ -29,17 +37,7 @@ def progress(items, name):
     "A progress bar for what takes longer than two seconds."
     return tqdm(items, name, delay=2, leave=False)
 
-# %% ../nbs/03_neighbors.ipynb #5a95774c
-def _search_torch(x, k, block=2048):
-    "Squared distances and ids by blocks of queries, on whatever device `x` is, as tensors there."
-    import torch
-    x = torch.as_tensor(x, dtype=torch.float32)
-    norms, found = (x * x).sum(1), []
-    for rows in progress(x.split(block), 'neighbours'):
-        d = (rows * rows).sum(1, keepdim=True) + norms - 2 * rows @ x.T             # (block, N)
-        found.append(d.topk(k, largest=False))
-    return tuple(torch.cat(parts) for parts in zip(*found))
-
+# %% ../nbs/03_neighbors.ipynb #941de541
 def _search_faiss(x, k, index, block=8192):
     "Squared distances and ids from a FAISS index over x, built on a GPU where FAISS sees one."
     import faiss
@@ -52,15 +50,21 @@ def _search_faiss(x, k, index, block=8192):
     if index == 'hnsw': built.hnsw.efSearch = 4 * k
     return tuple(map(np.concatenate, zip(*[built.search(x[lo:lo + block], k) for lo in progress(range(0, len(x), block), 'neighbours')])))
 
+def _search_torch(x, k):
+    "Squared distances and ids by blocks of a matrix product, wherever x is."
+    import torch
+    from ccc._neighbors_torch import search
+    return tuple(map(as_numpy, search(torch.as_tensor(x, dtype=torch.float32), k)))
+
 def _search(x, k, index):
     "On an accelerator with torch, else with FAISS, else with torch."
-    if on_accelerator(x): return tuple(part.cpu().numpy() for part in _search_torch(x, k))
+    if on_accelerator(x): return _search_torch(x, k)
     try: return _search_faiss(x, k, index)
     except ImportError:
         if index != 'exact': raise
-        return tuple(part.numpy() for part in _search_torch(x, k))
+        return _search_torch(x, k)
 
-# %% ../nbs/03_neighbors.ipynb #b9164f79
+# %% ../nbs/03_neighbors.ipynb #118c4276
 def knn(x,       # (N, D) embeddings, NumPy or torch
         k: int,  # neighbours to return, the sample itself included
         index: str = 'exact',  # 'exact'; above a million samples 'ivf' or 'hnsw', FAISS's approximations, whose recall is printed
@@ -68,6 +72,7 @@ def knn(x,       # (N, D) embeddings, NumPy or torch
     "The k nearest neighbours of every sample, itself first; ValueError where k > N, a value is not finite, or the index is unknown."
     if not 1 <= k <= len(x): raise ValueError(f'k counts the sample itself and must lie in 1..N; got k={k} with N={len(x)}')
     if index not in ('exact', 'ivf', 'hnsw'): raise ValueError(f"index must be 'exact', 'ivf' or 'hnsw'; got {index!r}")
+    if on_accelerator(x) and index != 'exact': raise ValueError(f'an approximate index wants embeddings in main memory; got index={index!r} and a tensor on {x.device}')
     if not on_accelerator(x): x = _as_embeddings(x)
     require_memory(len(x) * k * 12, f'The {k} nearest neighbours of {len(x)} samples')
     distances, indices = _search(x, k, index)
@@ -146,7 +151,7 @@ def jaccard_from_weights(V: csr_array,        # (N, N) weights, rows sum to 1
     for lo, hi in progress(blocks, 'Jaccard distances'): kernels.fill_pairs(*weights, lo, hi, limit, indptr, indices, distances, n_threads)
     return csr_array((distances, indices, indptr), shape=V.shape)
 
-# %% ../nbs/03_neighbors.ipynb #67692d65
+# %% ../nbs/03_neighbors.ipynb #c2749f41
 def jaccard_distance(x,                   # (N, D) embeddings, unit norm
                      k1: int = 30,        # size of the neighbourhoods, the sample itself not counted
                      k2: int = 6,         # neighbours averaged, the sample itself included
@@ -154,8 +159,11 @@ def jaccard_distance(x,                   # (N, D) embeddings, unit norm
                      index: str = 'exact',     # or 'ivf', 'hnsw': as of `knn`
                      n_threads: int = 0,  # 0: every core
                      ) -> csr_array:      # (N, N) float32; stored: distances below 1, up to the limit, and the zero diagonal; absent: 1
-    "The k-reciprocal Jaccard distance (Zhong et al. 2017), exact and sparse; ValueError where k1 >= N or k2 > k1 + 1."
+    "The k-reciprocal Jaccard distance (Zhong et al. 2017), exact and sparse, of a tensor on an accelerator a `DeviceGraph` there; ValueError where k1 >= N or k2 > k1 + 1."
     if not 1 <= k1 < len(x): raise ValueError(f'k1 does not count the sample itself and must lie in 1..N-1; got k1={k1} with N={len(x)}')
+    if on_accelerator(x) and index == 'exact':
+        from ccc import _neighbors_torch
+        return _neighbors_torch.jaccard_distance(x.detach().float(), k1, k2, limit)
     _, ranked = knn(x, k1 + 1, index)
     return jaccard_from_weights(k_reciprocal(x, ranked, k2, n_threads), limit, n_threads)
 

@@ -53,6 +53,31 @@ def test_golden_fit(name):
     np.testing.assert_allclose(fit.cluster_centers_, g['centroids'], atol=1e-5)
 
 
+@pytest.fixture(params=['cpu', 'cuda'])
+def device(request):
+    torch = pytest.importorskip('torch')
+    if request.param == 'cuda' and not torch.cuda.is_available(): pytest.skip('no GPU that torch can see')
+    return request.param
+
+
+@pytest.mark.parametrize('name', [n for n in CASES if not n.startswith('nojaccard')])
+def test_golden_rounds_on_tensors(name, device):
+    "The torch parts, on a CPU where there is no GPU: the same rounds."
+    import torch
+    from ccc._neighbors_torch import DeviceGraph
+    g = golden_case(name)
+    sparse, x = hdc.as_graph(g['jaccard'], len(g['features'])), torch.from_numpy(g['features']).to(device)
+    graph = DeviceGraph(*(torch.from_numpy(part).to(device) for part in (sparse.indptr.astype(np.int64), sparse.indices, sparse.data)), sparse.shape)
+    for labels, kept, shift, r in zip(g['labels_trace'], g['pod_trace'], g['shift'], hdc_rounds(x, graph, g['init_indices'], **CASES[name])):
+        np.testing.assert_array_equal(r.labels, labels)
+        np.testing.assert_array_equal(np.where(r.peripheral, -1, r.labels), kept)
+        assert abs(r.shift - shift) < 1e-5
+    assert r.centroids.device.type == device
+    fit = HDC(len(g['init_indices']), init=g['init_indices'], **CASES[name]).fit(x, graph=graph)
+    np.testing.assert_array_equal(fit.labels_, g['labels_with_outliers'])
+    np.testing.assert_allclose(fit.cluster_centers_, g['centroids'], atol=1e-5)
+
+
 def test_golden_first_round():
     g, arrays = golden_case('jaccard_eulercosine'), golden('hdc')
     graph = hdc.as_graph(g['jaccard'], len(g['features']))
@@ -61,7 +86,7 @@ def test_golden_first_round():
     membership = CentroidDistances(g['features'], 'euler_cosine').membership(g['features'][g['init_indices']], labels)
     np.testing.assert_allclose(membership, arrays['first_iter__membership'][np.arange(len(labels)), labels], atol=1e-5)
     H = arrays['first_iter__discrepancy']
-    nearest, smallest, total, discrepancy_to = hdc._nearest_cluster(hdc.discrepancies(graph), labels, membership, len(g['init_indices']))
+    nearest, smallest, total, discrepancy_to = hdc._nearest_cluster(hdc.kernels.assign, hdc.discrepancies(graph), labels, membership, len(g['init_indices']))
     np.testing.assert_allclose(smallest, H.min(axis=1), atol=1e-5)
     np.testing.assert_allclose(total, H.sum(axis=1), rtol=1e-5)
     for i, j in np.random.default_rng(0).integers(0, [500, 25], (50, 2)):

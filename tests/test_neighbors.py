@@ -61,3 +61,56 @@ def test_copies_do_not_push_a_sample_out_of_its_own_list():
 def test_errors_name_the_rule(call, rule):
     with pytest.raises(ValueError, match=rule):
         call(golden('jaccard')['features'])
+
+
+@pytest.mark.parametrize('device', ['cpu', 'cuda'])
+@pytest.mark.parametrize('k1, k2', [(30, 6), (20, 6), (20, 1)])
+def test_golden_jaccard_on_tensors(k1, k2, device):
+    torch = pytest.importorskip('torch')
+    if device == 'cuda' and not torch.cuda.is_available(): pytest.skip('no GPU that torch can see')
+    from ccc import _neighbors_torch
+    g = golden('jaccard')
+    graph = _neighbors_torch.jaccard_distance(torch.from_numpy(g['features']).to(device), k1, k2)
+    host = csr_array(tuple(neighbors.as_numpy(a) for a in (graph.data, graph.indices, graph.indptr)), shape=graph.shape)
+    np.testing.assert_allclose(to_dense(host), g[f'jaccard_k1_{k1}_k2_{k2}'], atol=1e-5)
+    if device == 'cuda': assert neighbors.jaccard_distance(torch.from_numpy(g['features']).cuda(), k1, k2).data.is_cuda
+
+
+@pytest.mark.parametrize('limit', [.3, .6])
+def test_a_limit_keeps_exactly_the_pairs_under_it(limit, both_ways):
+    both_ways(neighbors, '_neighbors_kernels')
+    x = golden('jaccard')['features']
+    whole, thin = to_dense(jaccard_distance(x)), jaccard_distance(x, limit=limit)
+    np.testing.assert_array_equal(to_dense(thin), np.where(whole <= limit, whole, 1))
+
+
+def test_blocks_of_rows_change_nothing():
+    x = golden('jaccard')['features']
+    V = k_reciprocal(x, knn(x, 31)[1])
+    one, many = jaccard_from_weights(V), jaccard_from_weights(V, block=37)
+    for name in ('indptr', 'indices', 'data'):
+        np.testing.assert_array_equal(getattr(one, name), getattr(many, name))
+
+
+def test_everybody_meets_everybody():
+    "Rows of N pairs: the kernel's scratch must hold them all."
+    x = golden('jaccard')['features'][:40]
+    assert jaccard_distance(np.repeat(x, 2, axis=0) * 1e-3, 60, 40).nnz == 80 ** 2
+
+
+def test_memory_is_asked_for_before_it_is_taken(monkeypatch):
+    import psutil
+    x = golden('jaccard')['features']
+    V = k_reciprocal(x, knn(x, 31)[1])
+    monkeypatch.setattr(psutil, 'virtual_memory', lambda: type('m', (), {'available': 10_000})())
+    with pytest.raises(MemoryError, match='500 samples.*stored pairs.*free'): jaccard_from_weights(V)
+    with pytest.raises(MemoryError, match='nearest neighbours'): knn(x, 31)
+
+
+@pytest.mark.parametrize('index', ['ivf', 'hnsw'])
+def test_approximate_neighbours_report_their_recall(index, capsys):
+    x = np.repeat(golden('jaccard')['features'], 8, axis=0) + .05 * np.random.default_rng(0).normal(size=(4000, golden('jaccard')['features'].shape[1])).astype(np.float32)
+    exact, found = knn(x, 11)[1], knn(x, 11, index)[1]
+    printed = float(capsys.readouterr().out.split('%')[0].split(':')[1]) / 100
+    measured = np.mean([len(set(a) & set(b)) / 11 for a, b in zip(exact, found)])
+    assert abs(printed - measured) < .03 and measured > .8

@@ -6,10 +6,11 @@ import numpy as np
 
 
 def neighbours(x, k):
-    "Ids of the k nearest, itself first: all N x N squared distances, sorted."
+    "Ids of the k nearest, itself first: all N x N squared distances."
     squared = ((x * x).sum(1)[:, None] + (x * x).sum(1) - 2 * x @ x.T)
     np.fill_diagonal(squared, -1)
-    return np.argsort(squared, axis=1, kind='stable')[:, :k]
+    nearest = np.argpartition(squared, k, axis=1)[:, :k]
+    return np.take_along_axis(nearest, np.take_along_axis(squared, nearest, 1).argsort(1), 1)
 
 
 def encoding(x, ranked, k2):
@@ -57,7 +58,7 @@ def euler_distances(x, c):
 
 
 def hdc_round(x, a, labels, centroids):
-    "Labels (N,) and H (N, K) of one round, a = 1 - exp(-J) dense; no cluster may be empty."
+    "Labels (N,) and H (N, K) of one round before empty clusters are refilled, a = 1 - exp(-J) dense; every cluster of the round before has a member."
     d = euler_distances(x, centroids)
     m = np.exp(-5 * d[np.arange(len(x)), labels] / d.max()).astype(np.float32)
     H = np.empty(d.shape, np.float32)
@@ -69,9 +70,9 @@ def hdc_round(x, a, labels, centroids):
     return H.argmin(1), H
 
 
-def centroids(x, labels, H, k):
-    "Means of the members whose H is at most mean + one standard deviation of their cluster."
-    own, means = H[np.arange(len(x)), labels], []
+def centroids(x, labels, own, k):
+    "Means of the members whose own H is at most mean + one standard deviation of their cluster."
+    means = []
     for j in range(k):
         members = np.flatnonzero(labels == j)
         h = own[members].astype(np.float64)

@@ -62,7 +62,7 @@ def ranking_stage(mac, byte):
 
 def measure(source, twin, rounds):
     "All stages on one set of embeddings."
-    from ccc.hdc import HDC, converged, graph_plusplus, hdc_rounds
+    from ccc.hdc import converged, graph_plusplus, hdc_rounds, refill
     from ccc.labels import make_labels
     from ccc.neighbors import jaccard_distance, jaccard_from_weights, k_reciprocal, knn, to_dense
     x, k, kind = embeddings(source)
@@ -106,10 +106,12 @@ def measure(source, twin, rounds):
         a, slow_times, labels, c, same = 1 - np.exp(-J), [], J[:, begin].argmin(1), x[begin], []
         for r in found[:3]:                                                         # all rounds cost a dense twin the same
             (labels, H), seconds = timed(lambda: dense_twin.hdc_round(x, a, labels, c))
-            c, update = timed(lambda: dense_twin.centroids(x, labels, H, k))
+            labels, own = labels.astype(np.int32), H[np.arange(n), labels]
+            refill(labels, own, H.sum(1, dtype=float) - own, k, lambda i, j: H[i, j])
+            c, update = timed(lambda: dense_twin.centroids(x, labels, own, k))
             slow_times.append(seconds + update)
             same.append(float((labels == r.labels).mean()))
-            labels = r.labels
+            labels, c = r.labels, r.centroids                                       # the next round is judged by itself
         about |= dict(starts_equal=float((slow_starts == begin).mean()), labels_equal=same)
         stages['graph']['twin'] = sum(stages[s]['twin'] for s in ('k-NN', 'encoding', 'Jaccard'))
         stages['HDC round']['twin'] = float(np.median(slow_times))

@@ -290,14 +290,14 @@ def _decode(split, height, width, num_workers, progress):
         for _ in tqdm(pool.map(load, range(len(split))), total=len(split), desc='decoding', disable=not progress, leave=False): pass
     return pixels
 
-# %% ../nbs/01_data.ipynb #fd555b8a
+# %% ../nbs/01_data.ipynb #00585137
 def image_key(split: Split, height: int, width: int,  # as of load_images
               num_workers: int = 0) -> str:  # 20 hexadecimal digits
     "A name for the decoded pixels of a split, made from the content of its files."
     import PIL
     from PIL import features
     digest = lambda path: hashlib.blake2b(Path(path).read_bytes(), digest_size=16).digest()
-    key = hashlib.blake2b(f'{height}x{width} bilinear Pillow {PIL.__version__} jpeg {features.version("jpg")}'.encode(), digest_size=10)
+    key = hashlib.blake2b(f'{height}x{width} bilinear blur {split.blur} Pillow {PIL.__version__} jpeg {features.version("jpg")}'.encode(), digest_size=10)
     with ThreadPoolExecutor(num_workers or min(16, os.cpu_count() or 1)) as pool:
         for d in pool.map(digest, split.paths): key.update(d)
     return key.hexdigest()

@@ -1,0 +1,403 @@
+"What can go wrong with a run, and what is left: killed at random and at every write, asked to stop, damaged files, full disks, impossible data."
+import errno
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ccc.config import Config
+from ccc.data import ReIDDataset, Split, load_images, write_file
+from ccc.labels import PseudoLabels
+from ccc.runs import Stopped, checkpoints, newest_checkpoint, progress, read_checkpoint, read_metrics
+from ccc.training import Trainer, fit
+from test_training import SETTINGS, make, numbers, tiny_data, tiny_net
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    return tiny_data(tmp_path_factory.mktemp('images'))
+
+
+def settings(folder, **other):
+    return Config(**SETTINGS | dict(log_dir=str(folder)) | other)
+
+
+def kept(run):
+    "Everything of a run that must come out the same: rows, labels, confidences, final weights."
+    labels = {p.name: dict(np.load(p)) for p in sorted((run / 'labels').glob('*.npz'))}
+    state = read_checkpoint(checkpoints(run / 'checkpoints')[-1])
+    return numbers(read_metrics(run)), labels, state['network'], state['memory']
+
+
+def same(run, other):
+    (rows, labels, net, memory), (rows_, labels_, net_, memory_) = kept(run), kept(other)
+    assert rows == rows_
+    assert labels.keys() == labels_.keys()
+    for name in labels:
+        for key in labels[name]: np.testing.assert_array_equal(labels[name][key], labels_[name][key])
+    assert all(torch.equal(net[k], net_[k]) for k in net) and net.keys() == net_.keys() and torch.equal(memory, memory_)
+
+
+# killed
+
+class Nursery:
+    """A process that has loaded everything and forks a run when told, so that ten kills do not cost ten starts of Python.
+
+    It computes nothing itself: a forked child must not inherit threads of a parent that has."""
+    def __init__(self, folder):
+        self.process = subprocess.Popen([sys.executable, __file__, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.hear()
+
+    def hear(self): return json.loads(self.process.stdout.readline())
+
+    def run(self, logs, after=None, number=signal.SIGKILL, die_at_write=0):
+        "Starts a run in `logs` or goes on with the one there; after so many seconds, or at a write, it gets a signal. -> (exit code, negative: signal; seconds)"
+        self.process.stdin.write(json.dumps(dict(logs=str(logs), after=after, number=number, die_at_write=die_at_write)) + '\n')
+        self.process.stdin.flush()
+        return self.hear()
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait(30)
+
+
+@pytest.fixture(scope='module')
+def nursery(data):
+    n = Nursery(data.root)
+    yield n
+    n.close()
+
+
+@pytest.fixture(scope='module')
+def whole(nursery, tmp_path_factory):
+    "An uninterrupted run, and how long it took."
+    logs = tmp_path_factory.mktemp('whole')
+    code, seconds = nursery.run(logs)
+    assert code == 0
+    return next(logs.iterdir()), seconds
+
+
+def test_ten_kills(nursery, whole, tmp_path):
+    seed = time.time_ns() % 10_000
+    moments, kills, attempts = random.Random(seed), 0, 0
+    print('seed of the moments', seed)
+    while kills < 10:                                        # ten runs' worth of deaths: each run is killed until it gets through
+        logs = tmp_path / f'run{attempts}'
+        for life in range(30):
+            code, _ = nursery.run(logs, after=moments.uniform(0, whole[1] * .6) if kills < 10 else None)
+            kills += code == -signal.SIGKILL
+            if code == 0: break
+        assert code == 0, f'seed {seed}: exit code {code}'
+        runs = [r for r in logs.iterdir() if (r / 'config.json').exists()]
+        assert len(runs) == 1
+        same(runs[0], whole[0])
+        attempts += 1
+    assert kills >= 10
+
+
+def test_death_at_every_write(nursery, whole, tmp_path):
+    "Killed just before and just after the n-th renaming of a file."
+    for n in range(1, 9):                                    # config, then an epoch: labels, numbers, best weights and checkpoint, weights and checkpoint
+        for when in (n, -n):
+            logs = tmp_path / f'write{when}'
+            code, _ = nursery.run(logs, die_at_write=when)
+            assert code == -signal.SIGKILL
+            code, _ = nursery.run(logs)
+            assert code == 0
+            same(next(r for r in logs.iterdir() if (r / 'config.json').exists()), whole[0])
+
+
+@pytest.mark.parametrize('number, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_asked_to_stop(nursery, whole, tmp_path, number, code):
+    moments = random.Random(1)
+    for attempt in range(4):
+        logs = tmp_path / f'{attempt}'
+        got, _ = nursery.run(logs, after=whole[1] * (.25 + .15 * attempt + .05 * moments.random()), number=number)
+        assert got in (code, 0)                               # 0: it was done before
+        run = next(logs.iterdir())
+        assert nursery.run(logs)[0] == 0
+        same(run, whole[0])
+
+
+def stop_at(trainer, epoch, step, number=signal.SIGTERM, times=1):
+    "Sends this process a signal in the middle of a step."
+    real = trainer.train_batch
+    def train_batch(n, batch):
+        if (trainer.epoch, n) == (epoch, step):
+            for _ in range(times): signal.raise_signal(number)
+        return real(n, batch)
+    trainer.train_batch = train_batch
+    return trainer
+
+
+def test_stop_in_an_epoch_is_taken_up_at_the_step(data, tmp_path):
+    whole = make(data, tmp_path / 'a')
+    whole.fit()
+    t = stop_at(make(data, tmp_path / 'b'), 2, 1)
+    with pytest.raises(Stopped, match='saved after 2 epochs and 2 steps. Go on with: ccc train --resume') as stop: t.fit()
+    assert stop.value.signal == signal.SIGTERM and progress(checkpoints(t.checkpoint_dir)[-1]) == (2, 2)
+    again = Trainer.resume(t.run, data, tiny_net(8))
+    assert len(again.under_way.losses) == 2 and again.epoch == 2
+    again.fit()
+    same(t.run, whole.run)
+    assert all(progress(p)[1] == 0 for p in checkpoints(t.checkpoint_dir))       # the one in the middle is not needed any more
+    del t.train_batch
+    other = stop_at(make(data, tmp_path / 'c'), 1, 0)
+    with pytest.raises(Stopped): other.fit()
+    del other.train_batch                                     # and without a new process, as in a notebook
+    other.fit()
+    same(other.run, whole.run)
+
+
+def test_stop_between_stages(data, tmp_path, monkeypatch):
+    "In the evaluation the epoch is trained already: nothing of it is lost, though it has no line yet."
+    whole = make(data, tmp_path / 'a')
+    whole.fit()
+    for stage in ('extract', 'make_labels', 'evaluate', 'record'):
+        t = make(data, tmp_path / stage)
+        real = getattr(t, stage)
+        def stopping(*args, **kw):
+            if t.epoch >= 2: signal.raise_signal(signal.SIGINT)
+            return real(*args, **kw)
+        monkeypatch.setattr(t, stage, stopping)
+        with pytest.raises(Stopped): t.fit()
+        again = Trainer.resume(t.run, data, tiny_net(8))
+        assert again.saved == ((2, 0) if stage == 'make_labels' else (1, 3))      # the first extraction of an evaluation comes before that of the next epoch
+        again.fit()
+        same(t.run, whole.run)
+
+
+def test_asked_twice(data, tmp_path):
+    t = stop_at(make(data, tmp_path), 2, 1, times=2)
+    with pytest.raises(KeyboardInterrupt) as stop: t.fit()
+    assert not isinstance(stop.value, Stopped) and progress(checkpoints(t.checkpoint_dir)[-1]) == (2, 0)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# files
+
+@pytest.mark.parametrize('kind', ['cut', 'empty', 'bit', 'text'])
+def test_damaged_checkpoint(data, tmp_path, kind):
+    whole = make(data, tmp_path)
+    whole.fit()
+    path = checkpoints(whole.checkpoint_dir)[-1]
+    content = bytearray(path.read_bytes())
+    if kind == 'bit':
+        weight = whole.net.state_dict()['trunk.0.weight'].numpy().tobytes()
+        content[content.find(weight) + 5] ^= 4
+    path.write_bytes({'cut': content[:-1000], 'empty': b'', 'bit': content, 'text': b'not a checkpoint'}[kind])
+    before = kept_rows = numbers(read_metrics(whole.run))
+    with pytest.warns(UserWarning, match='epoch_003.pt cannot be read .* going back to the one before'): again = Trainer.resume(whole.run, data, tiny_net(4))
+    assert again.epoch == 3
+    again.fit()
+    assert numbers(read_metrics(whole.run)) == before == kept_rows
+    assert all(torch.equal(a, b) for a, b in zip(again.net.state_dict().values(), whole.net.state_dict().values()))
+    assert (whole.checkpoint_dir / 'epoch_003.pt.set_aside').exists()
+
+
+def test_checkpoint_of_another_run(data, tmp_path):
+    t = make(data, tmp_path, num_epochs=1)
+    t.fit()
+    path = checkpoints(t.checkpoint_dir)[-1]
+    for other, said in (dict(num_clusters=5), r'num_clusters 8 there and 5 here'), (dict(arch='resnet18'), "arch 'resnet50' there and 'resnet18' here"), (dict(lr=1.), r'lr 0.00035 there and 1.0 here'):
+        b = Trainer(settings(tmp_path, **other), data, tiny_net())
+        b.run = t.run
+        with pytest.raises(ValueError, match=said): b.load(path)
+    wide = Trainer(t.config, data, torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(384, 16)))
+    wide.run = t.run
+    with pytest.raises(ValueError, match='network it was made of, got .*Missing key'): wide.load(path)
+    with pytest.raises(ValueError, match='folder with a config.json'): Trainer.resume(tmp_path, data)
+
+
+def test_weights_as_safetensors(data, tmp_path):
+    from safetensors import safe_open
+    t = make(data, tmp_path)
+    t.fit()
+    for name in ('epoch_003', 'best'):
+        with safe_open(t.checkpoint_dir / f'{name}.safetensors', 'pt') as f:
+            assert f.metadata()['height'] == '16'
+            state = read_checkpoint(t.checkpoint_dir / f'{name}.pt')['network']
+            assert f.keys() and all(torch.equal(f.get_tensor(k), state[k]) for k in state)
+    assert len(list(t.checkpoint_dir.iterdir())) == 6         # no weights without their checkpoint
+
+
+def test_disk_full(data, tmp_path, monkeypatch):
+    "A file may not grow beyond 20 kB: the system's own error, in the middle of a checkpoint."
+    whole = make(data, tmp_path / 'a')
+    whole.fit()
+    t = make(data, tmp_path / 'b', num_epochs=2)
+    t.fit()
+    t.config.num_epochs = 4
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = {p: p.read_bytes() for p in t.run.rglob('*') if p.is_file() and p.name != 'metrics.jsonl'}
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match='cannot write epoch_002.* Make room or choose another folder'): t.fit()
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert all(p.read_bytes() == content for p, content in before.items()) and not list(t.run.rglob('*.tmp'))
+    told = json.loads((t.run / 'config.json').read_text())
+    told['config']['num_epochs'] = 4
+    (t.run / 'config.json').write_text(json.dumps(told))
+    Trainer.resume(t.run, data, tiny_net(3)).fit()
+    assert read_metrics(t.run)[-1]['loss'] == read_metrics(whole.run)[-1]['loss']
+
+
+def test_folder_that_cannot_be_written(data, tmp_path):
+    (tmp_path / 'file').touch()
+    with pytest.raises(OSError, match='log_dir must be a folder that can be written'): make(data, tmp_path / 'file').fit()
+    def never(*_): raise AssertionError('found out too late')
+    t = make(data, tmp_path, ckpt_dir=str(tmp_path / 'file' / 'deeper'))
+    t.step = never
+    with pytest.raises(OSError): t.fit()
+
+
+def test_image_cache_faults(data, tmp_path):
+    images = load_images(data.train, 16, 8, cache=tmp_path / 'c', progress=False)
+    path, = (tmp_path / 'c').iterdir()
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.warns(UserWarning, match='damaged'): assert torch.equal(load_images(data.train, 16, 8, cache=tmp_path / 'c', progress=False), images)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert torch.equal(load_images(data.train, 16, 8, cache=tmp_path / 'c', progress=False), images)
+    (tmp_path / 'file').touch()
+    with pytest.warns(UserWarning, match='not cached'): assert torch.equal(load_images(data.train, 16, 8, cache=tmp_path / 'file' / 'c', progress=False), images)
+
+
+# numbers and data
+
+@pytest.mark.parametrize('what', ['loss', 'embedding', 'weight'])
+def test_nan_stops_with_the_batch(data, tmp_path, monkeypatch, what):
+    t = make(data, tmp_path)
+    real = t.train_batch
+    def poisoned(step, batch):
+        if t.epoch == 1 and step == (2 if what == 'weight' else 1):
+            if what == 'embedding': t.net.neck.weight.data[3] = float('nan')
+            if what == 'loss':
+                import ccc.training
+                monkeypatch.setattr(ccc.training, 'train_step', lambda *a: torch.tensor(float('nan')))
+            if what == 'weight': t.net.trunk[0].weight.register_hook(lambda g: g * float('inf'))
+        return real(step, batch)
+    t.train_batch = poisoned
+    with pytest.raises(ValueError, match=r'epoch 2, step [23]: .*(finite).*kept as bad_batch.pt'): t.fit()
+    kept = torch.load(t.run / 'bad_batch.pt', weights_only=True)
+    assert kept['images'].shape == (16, 3, 16, 8) and kept['positions'].shape == kept['labels'].shape == (16,) and kept['epoch'] == 1
+    assert [progress(p) for p in checkpoints(t.checkpoint_dir)] == [(1, 0)]      # nothing of the epoch that went wrong
+    assert all(torch.isfinite(v).all() for v in read_checkpoint(checkpoints(t.checkpoint_dir)[-1])['network'].values())
+
+
+@pytest.mark.parametrize('n', [0, 1])
+def test_no_cluster_or_one(data, tmp_path, monkeypatch, n):
+    import ccc.training
+    labels = PseudoLabels(np.full(72, n - 1, np.int32), np.ones(72, np.float32), np.ones((n, 16), np.float32))
+    monkeypatch.setattr(ccc.training, 'make_labels', lambda x, **_: labels)
+    t = make(data, tmp_path)
+    with pytest.raises(ValueError, match=f'two clusters to contrast, got {n} among 72 images'): t.fit()
+    t = make(data, tmp_path, warmup_iters=2, dbscan_eps=1e-6, cluster_min_instances=30)       # the real thing: an impossible DBSCAN
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match='dbscan_eps'): t.fit()
+
+
+def test_fewer_clusters_than_places(data, tmp_path):
+    with pytest.warns(UserWarning, match='4 places for clusters and there are [23]'):
+        rows = make(data, tmp_path, num_clusters=3, warmup_iters=0, warmup_with_dbscan=False).fit()
+    assert len(rows) == 4 and np.isfinite(rows[-1]['loss'])
+
+
+def one_camera(split): return replace(split, camids=np.zeros_like(split.camids))
+
+
+def test_one_camera(data, tmp_path, capsys):
+    alone = ReIDDataset('alone', data.root, one_camera(data.train), one_camera(data.query), one_camera(data.gallery))
+    rows = make(alone, tmp_path).fit()
+    assert len(rows) == 4 and np.isfinite(rows[-1]['loss']) and 'mAP' not in rows[-1] and rows[-1]['camera_entropy'] == 0
+    assert 'no query has a match' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('clustering', ['hdc', 'dbscan', 'kmeans'])
+def test_identical_images(data, tmp_path, clustering):
+    Image.new('RGB', (8, 16), (90, 80, 70)).save(tmp_path / 'one.png')
+    train = replace(data.train, paths=np.full(len(data.train), str(tmp_path / 'one.png')))
+    try: rows = make(replace(data, train=train), tmp_path, clustering=clustering, warmup_with_dbscan=False).fit()
+    except ValueError as e: assert 'two clusters' in str(e) or 'finite' in str(e)
+    else: assert all(np.isfinite(r['loss']) for r in rows)
+
+
+def test_odd_images_train(data, tmp_path):
+    "Grey, palette, transparent and 16-bit files among the others."
+    paths = data.train.paths.astype('U300')
+    for i, mode in enumerate(('L', 'P', 'RGBA', 'LA', '1', 'CMYK')):
+        name = tmp_path / f'{mode}.{"tif" if mode == "CMYK" else "png"}'
+        Image.open(paths[i]).convert(mode).save(name)
+        paths[i] = str(name)
+    rows = make(replace(data, train=replace(data.train, paths=paths)), tmp_path, num_epochs=2).fit()
+    assert np.isfinite(rows[-1]['loss'])
+    broken = tmp_path / 'half.png'
+    broken.write_bytes(Path(paths[9]).read_bytes()[:60])
+    paths[9] = str(broken)
+    with pytest.raises(OSError, match='half.png'): make(replace(data, train=replace(data.train, paths=paths)), tmp_path).fit()
+
+
+def test_a_query_without_a_match(data, tmp_path):
+    query = replace(data.query, pids=np.where(np.arange(len(data.query)) == 0, 99, data.query.pids))
+    t = make(replace(data, query=query), tmp_path)
+    t.step()
+    ranking = t.evaluate()
+    assert (ranking.n_query, ranking.n_valid) == (24, 23) and np.isnan(ranking.ap[0])
+
+
+# a process that forks runs, told by lines of JSON what to do to them
+
+def nurse(folder):
+    data = tiny_data(Path(folder))
+    print('{}', flush=True)
+    for line in sys.stdin:
+        order = json.loads(line)
+        start, child = time.perf_counter(), os.fork()
+        if not child: life(data, **order)
+        if order['after'] is not None:
+            time.sleep(order['after'])
+            os.kill(child, order['number'])
+        _, status = os.waitpid(child, 0)
+        print(json.dumps((os.waitstatus_to_exitcode(status), time.perf_counter() - start)), flush=True)
+
+
+def life(data, logs, die_at_write, **_):
+    "One life of a run: begun, or gone on with if its folder is there."
+    code = 1
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        torch.set_num_threads(1)
+        if die_at_write: mortal(die_at_write)
+        runs = [r for r in Path(logs).glob('*') if (r / 'config.json').exists()]
+        fit(settings(logs) if not runs else None, runs[0] if runs else None, data, tiny_net())
+        code = 0
+    except KeyboardInterrupt as stop: code = 128 + getattr(stop, 'signal', 2)
+    finally: os._exit(code)
+
+
+def mortal(n):
+    "Kills this process before its n-th renaming of a file, or for a negative n after it."
+    real, count = os.replace, [0]
+    def replace_(*args):
+        count[0] += 1
+        if count[0] == n: os.kill(os.getpid(), signal.SIGKILL)
+        real(*args)
+        if count[0] == -n: os.kill(os.getpid(), signal.SIGKILL)
+    os.replace = replace_
+
+
+if __name__ == '__main__': nurse(sys.argv[1])

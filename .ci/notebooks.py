@@ -41,10 +41,13 @@ def shrink(notebook):
 
 
 def still(notebook):
-    "Widgets live in their kernel; what is stored is their picture."
+    "Widgets live in their kernel; what is stored is their picture, where they have one (a progress bar has none)."
+    view = 'application/vnd.jupyter.widget-view+json'
     notebook.metadata.pop('widgets', None)
-    for output in (o for cell in notebook.cells for o in cell.get('outputs', [])):
-        output.get('data', {}).pop('application/vnd.jupyter.widget-view+json', None)
+    for cell in (c for c in notebook.cells if c.cell_type == 'code'):
+        cell.outputs = [o for o in cell.outputs if set(o.get('data', {})) - {'text/plain'} != {view}]
+        for output in cell.outputs:
+            output.get('data', {}).pop(view, None)
 
 
 def run(paths):

@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['knn', 'encode', 'k_reciprocal', 'jaccard_from_weights', 'jaccard_distance', 'to_dense']
 
-# %% ../nbs/03_neighbors.ipynb #9b7bb1b4
+# %% ../nbs/03_neighbors.ipynb #47adb194
+import time
+
 import numpy as np
 from scipy.sparse import csr_array
 from tqdm.auto import tqdm
 
 from . import _neighbors_kernels as kernels
 
-# %% ../nbs/03_neighbors.ipynb #c0e42f2b
+# %% ../nbs/03_neighbors.ipynb #25490eee
 def on_accelerator(x) -> bool:
     "Is x a torch tensor that lies elsewhere than in main memory?"
     return getattr(getattr(x, 'device', None), 'type', 'cpu') != 'cpu'
@@ -34,8 +36,13 @@ def _as_embeddings(x) -> np.ndarray:
     return x
 
 def progress(items, name):
-    "A progress bar for what takes longer than two seconds."
-    return tqdm(items, name, delay=2, leave=False)
+    "The items, with a progress bar from the third second on: what is quicker stays silent, in notebooks too."
+    start, bar = time.monotonic(), None
+    for n, item in enumerate(items):
+        yield item
+        if bar: bar.update()
+        elif time.monotonic() - start > 2: bar = tqdm(desc=name, total=len(items) if hasattr(items, '__len__') else None, initial=n + 1, leave=False)
+    if bar: bar.close()
 
 # %% ../nbs/03_neighbors.ipynb #941de541
 def _search_faiss(x, k, index, block=8192):

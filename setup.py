@@ -35,7 +35,7 @@ setup(
     long_description=(ROOT / 'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     packages=find_packages(include=['ccc', 'ccc.*']), zip_safe=False,
     install_requires=lines('requirements'),
-    extras_require={extra: lines(f'{extra}_requirements') for extra in ('dev', 'timm', 'tables', 'export', 'notebook')},
+    extras_require={extra: lines(f'{extra}_requirements') for extra in ('dev', 'timm', 'track', 'tables', 'export', 'notebook')},
     entry_points={'console_scripts': lines('console_scripts'), 'nbdev': ['ccc=ccc._modidx:d']},
     ext_modules=kernels(),
 )

@@ -82,7 +82,7 @@ class LearningSettings:
     warmup_version: Literal['v1', 'v2'] = 'v1'  # form of the warm-up
     warmup_lr_factor: float = 1.0  # v2 only: a further factor during the warm-up
 
-# %% ../nbs/08a_config.ipynb #43bbc349
+# %% ../nbs/08a_config.ipynb #b83524db
 @dataclass
 class KeepingSettings:
     "When to evaluate, what to keep, and the seed."
@@ -94,7 +94,7 @@ class KeepingSettings:
     maps: bool = True  # store a UMAP of at most 1000 training images each epoch
     ckpt_dir: str = 'ckpt'  # the default keeps checkpoints inside the run's folder
     log_dir: str = 'logs'  # where run folders are made
-    track: Literal['none', 'tensorboard'] = 'none'  # also send each epoch's numbers to a tracker (`pip install tensorboard`)
+    track: Literal['none', 'tensorboard'] = 'none'  # also send each epoch's numbers to a tracker (`pip install 'ccc-reid[track]'`)
     warmup_store: str = 'none'  # folder of finished warm-ups: take the one that every setting before its end agrees with, or leave one there
     seed: int = 999  # of everything random
     device: str | None = None  # cpu, cuda; none: a GPU where there is one

@@ -11,11 +11,11 @@ from importlib import import_module
 # nbdev puts the version of settings.ini into the next line
 __version__ = "0.0.1"
 
-# %% ../nbs/10a_init.ipynb #c9a177b7
+# %% ../nbs/10a_init.ipynb #43c493da
 _names = {
     'data': 'load_dataset ReIDDataset CameraAwareSampler', 'backbone': 'build_backbone', 'neighbors': 'knn jaccard_distance', 'hdc': 'HDC',
     'labels': 'PseudoLabels make_labels diagnose', 'memory': 'ClusterMemory camera_entropy', 'evaluation': 'evaluate_ranking rerank rerank_features',
-    'config': 'Config', 'training': 'Trainer', 'experiments': 'recipe RECIPES', 'viz': 'plot_umap plot_evolution show_clusters show_ranking',
+    'config': 'Config', 'training': 'Trainer', 'model': 'load Model Index', 'experiments': 'recipe RECIPES', 'viz': 'plot_umap plot_evolution show_clusters show_ranking',
 }
 _home = {name: module for module, names in _names.items() for name in names.split()}
 

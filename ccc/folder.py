@@ -161,7 +161,7 @@ def _warnings(check, most=3):
     if leaks: lines.append(f'leak: {_count(len(leaks), "image")} of the training split {"is" if len(leaks) == 1 else "are"} in query or gallery too; the score will look better than it is')
     return lines
 
-# %% ../nbs/01b_folder.ipynb #974fbc71
+# %% ../nbs/01b_folder.ipynb #18731c8f
 def check_images(dataset,  # with .train, .query, .gallery, as `ccc.data.ReIDDataset`
                  num_workers: int = 0,  # threads; 0: one per core, at most 16
                 ) -> DataCheck:
@@ -174,9 +174,10 @@ def check_images(dataset,  # with .train, .query, .gallery, as `ccc.data.ReIDDat
 
 def keep_readable(dataset,  # as of `check_images`
                   check: DataCheck):  # of that data set -> the data set without them
-    "The data set without the files that cannot be read; ValueError if no training image is left."
+    "The data set without the files that cannot be read; ValueError if nothing is left, or nothing of a training split that was there."
     parts = {name: getattr(dataset, name).where(check.readable(name)) for name in SPLITS}
-    if not len(parts['train']): raise ValueError(f'training needs images, got none that can be read among {len(dataset.train)}')
+    files = len(dataset.train) or sum(len(getattr(dataset, name)) for name in SPLITS)
+    if not len(parts['train']) and (len(dataset.train) or not files): raise ValueError(f'a data set needs images, got none that can be read among {files}')
     return replace(dataset, **parts, notes=(*dataset.notes, *_warnings(check)))
 
 # %% ../nbs/01b_folder.ipynb #1a295746

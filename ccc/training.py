@@ -6,9 +6,9 @@
 __all__ = ['PURPOSES', 'HDC_INIT', 'HDC_METRIC', 'REASONS', 'seed_for', 'open_dataset', 'make_network', 'label_options',
            'build_graph', 'label_free', 'epoch_batches', 'check_clusters', 'augment_batch', 'gather_batch',
            'train_step', 'make_optimizer', 'make_memory', 'ranking_ids', 'why_no_match', 'rank_gallery', 'can_rank',
-           'fallbacks', 'UnderWay', 'cache_folder', 'State', 'BadBatch', 'Training', 'Stages', 'Checkpointed',
-           'describe_warmup', 'warmup_folder', 'leave_warmup', 'take_warmup', 'Kept', 'Trainer', 'fit', 'Config',
-           'learning_rate', 'evaluation_due', 'Chunked', 'extract_embeddings', 'from_main', 'make_engine',
+           'check_size', 'fallbacks', 'UnderWay', 'cache_folder', 'State', 'BadBatch', 'Training', 'Stages',
+           'Checkpointed', 'describe_warmup', 'warmup_folder', 'leave_warmup', 'take_warmup', 'Kept', 'Trainer', 'fit',
+           'Config', 'learning_rate', 'evaluation_due', 'Chunked', 'extract_embeddings', 'from_main', 'make_engine',
            'checkpoints', 'describe_run', 'new_run', 'read_checkpoint', 'read_metrics', 'summary', 'table_head',
            'table_line', 'write_file', 'write_metrics', 'Stopped']
 
@@ -217,10 +217,15 @@ def rank_gallery(q, g,             # embeddings of queries and gallery, unit nor
     pairs = (q, g), (q, q), (g, g)
     return evaluate_ranking(rerank(*(np.sqrt(np.maximum(2 - 2 * a @ b.T, 0)) for a, b in pairs)), *ids)
 
-# %% ../nbs/08_training.ipynb #4d8c2f0c
+# %% ../nbs/08_training.ipynb #ee6f267e
 def can_rank(dataset) -> bool:
     "Whether any query has a match in the gallery."
     return len(dataset.query) > 0 and not why_no_match(dataset.query, dataset.gallery).all()
+
+def check_size(config: Config, train):  # `clustering`, `num_clusters`; training split
+    "ValueError where HDC or k-means is asked for more clusters than there are images."
+    if config.clustering != 'dbscan' and config.num_clusters > len(train):
+        raise ValueError(f'num_clusters must not exceed the number of training images, got {config.num_clusters} for {len(train)}; give about the number of people you expect, or use clustering dbscan, which needs none')
 
 def fallbacks(dataset) -> list:  # lines of text; none for a benchmark
     "What training does without, and what instead."
@@ -544,7 +549,7 @@ class Kept(Checkpointed):
         flat = {k if not isinstance(v, dict) else f'{k}/{n}': x for k, v in row.items() for n, x in (v if isinstance(v, dict) else {k: v}).items()}
         self._tracker.log({k: v for k, v in flat.items() if isinstance(v, (int, float))}, step=row['epoch'] + 1)
 
-# %% ../nbs/08_training.ipynb #7606b3c7
+# %% ../nbs/08_training.ipynb #31370d5d
 class Trainer(Kept):
     "A run of 3C: the four stages of an epoch, `step` through them, `fit` all epochs, and a folder that keeps labels, numbers and weights."
     @classmethod
@@ -583,6 +588,7 @@ class Trainer(Kept):
 
     def opening(self, fresh: bool):
         "Says what there is to say before the first epoch."
+        check_size(self.config, self.dataset.train)
         for line in fallbacks(self.dataset): self.say(line)
         for line in departures(self.config): self.say(f'leaves the recipe: {line}')
         if self.config.warmup_store != 'none' and fresh: self.share_warmup()

@@ -120,7 +120,7 @@ def _bands(ax, at, left, right, order, colours):
             ax.fill_between(at + .06 + .88 * t, low, low + n, color=colours[g], alpha=.55 if g == g2 else .8, linewidth=0)
             begin[g], end[g2] = begin[g] + n, end[g2] + n
 
-# %% ../nbs/05a_evolution.ipynb #4c3d2099
+# %% ../nbs/05a_evolution.ipynb #9966a323
 def plot_flow(history: History,       # of a run
               max_epochs: int = 6,    # columns, evenly spread, first and last among them
               n_clusters: int = 8,    # clusters drawn apart: the largest of the last epoch; all others together are one pale block
@@ -129,7 +129,7 @@ def plot_flow(history: History,       # of a run
     if len(history.epochs) < 2: raise ValueError(f'label flow needs at least two epochs, got {len(history.epochs)}')
     shown = _spread(len(history.epochs), max_epochs)
     ids, groups = _flow_groups(history, shown, n_clusters)
-    order = [-1, -2, *ids]
+    order = [*ids, -1, -2]                        # the others on top, where they can be cut off
     colours = {-1: _GREY, -2: _PALE} | {g: _COLOURS[c % 8] for c, g in enumerate(ids)}
     fig, (ax, counts) = _figure(2, 5.2, 4)
     for k, column in enumerate(groups):
@@ -137,7 +137,8 @@ def plot_flow(history: History,       # of a run
             ax.bar(k, high - low, .12, low, color=colours[g], hatch='////' if g == -1 else None, edgecolor='white', linewidth=.4)
         if k: _bands(ax, k - 1, groups[k - 1], column, order, colours)
     ax.set(xticks=range(len(shown)), xticklabels=history.epochs[shown] + 1, xlabel='epoch', ylabel='images', xlim=(-.2, len(shown) - .8),
-           title=f'{len(ids)} largest clusters of the last epoch;\nothers pale, outliers grey')
+           ylim=(0, min(history.labels.shape[1], 1.6 * max((g != -2).sum() for g in groups))),
+           title=f'{len(ids)} largest clusters of the last epoch;\noutliers grey, others pale, cut off above')
     _draw_moves(counts, history)
     return fig
 
@@ -338,15 +339,17 @@ def animate_evolution(history: History,   # with maps
             seconds.append(hold if t == 1 else .06)
     return _animated(frames, [*seconds[:-1], 3 * hold])
 
-# %% ../nbs/05a_evolution.ipynb #01bc30f6
+# %% ../nbs/05a_evolution.ipynb #0480213e
 def _sample_note(history):
     "', 1,000 of 12,936 images' where the map shows a sample."
     n, m = history.labels.shape[1], len(history.index)
     return '' if m == n else f'\n{m:,} of {n:,} images, drawn at random'
 
 def _animated(frames, seconds):
-    "Pictures as one animated PNG on a palette of 128 colours."
-    palette = frames[-1].quantize(128, dither=0)
+    "Pictures as one animated PNG on a palette of 64 colours, made for the first, middle and last together."
+    from PIL import Image
+    some = Image.fromarray(np.concatenate([np.asarray(frames[k]) for k in (0, len(frames) // 2, -1)]))
+    palette = some.quantize(64, Image.Quantize.MAXCOVERAGE, dither=0)
     small, out = [f.quantize(palette=palette, dither=0) for f in frames], io.BytesIO()
     small[0].save(out, 'PNG', save_all=True, append_images=small[1:], duration=[round(1000 * s) for s in seconds], loop=0, optimize=True)
     return out.getvalue()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'starting_point', 'read_options', 'TrainOptions', 'train_options', 'print_config', 'train',
            'EvaluateOptions', 'evaluate', 'explain', 'LabelOptions', 'label', 'SearchOptions', 'search',
-           'ExportOptions', 'export', 'DataOptions', 'data', 'usage', 'main']
+           'ExportOptions', 'export', 'DataOptions', 'data', 'ReportOptions', 'report', 'usage', 'main']
 
 # %% ../nbs/10_cli.ipynb #3bd99261
 import argparse
@@ -210,8 +210,23 @@ def data(args: list):  # words after `ccc data`
         cameras = np.bincount(split.camids)
         print(f'{name:8}{len(split):9,}{len(np.unique(split.pids)):12,}{np.count_nonzero(cameras):9}   {" ".join(map(str, cameras))}')
 
-# %% ../nbs/10_cli.ipynb #4fa58d4a
-COMMANDS = dict(train=train, evaluate=evaluate, label=label, search=search, export=export, data=data)
+# %% ../nbs/10_cli.ipynb #2ed13565
+@dataclass
+class ReportOptions:
+    "Write everything there is to see of a run into one HTML file that opens offline."
+    run: Path  # folder of the run
+    out: Path | None = None  # the file; none: report.html in the run's folder
+    network: bool = True  # also galleries, errors and CHD, from the last weights: embeds all images once
+
+def report(args: list):  # words after `ccc report`
+    "write a run's pictures and numbers into one HTML file"
+    import tyro
+    options = read_options(tyro.conf.PositionalRequiredArgs[ReportOptions], args, 'ccc report')
+    from ccc.report import write_report
+    print(f'written: {write_report(options.run, options.out, options.network)}')
+
+# %% ../nbs/10_cli.ipynb #b1114b25
+COMMANDS = dict(train=train, evaluate=evaluate, report=report, label=label, search=search, export=export, data=data)
 
 def usage() -> str:
     "The text of `ccc --help`."

@@ -357,14 +357,14 @@ def load_images(split: Split, height: int, width: int,  # of the result, pixels
     if pixels is None: _keep(path, pixels := _decode(split, height, width, num_workers, progress))
     return torch.from_numpy(pixels)
 
-# %% ../nbs/01_data.ipynb #2abe909e
+# %% ../nbs/01_data.ipynb #6e3e2605
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def normalize(images):  # uint8 (B, 3, H, W), any device; gives float32 (B, 3, H, W)
     "To float32 with the mean and deviation of ImageNet."
     import torch
     stat = lambda v: torch.tensor(v, device=images.device).view(1, 3, 1, 1)
-    return (images.float() / 255 - stat(_MEAN)) / stat(_STD)
+    return images.float().div_(255).sub_(stat(_MEAN)).div_(stat(_STD))  # in place: a batch is 100 MB, and memory is what this waits for
 
 # %% ../nbs/01_data.ipynb #36533dd5
 @dataclass
@@ -402,22 +402,30 @@ def draw_augmentation(n: int, height: int, width: int,  # images and their size
     box = _rectangles(v, height, width, area, ratio) * (u[:, 3] < erase)[:, None]
     return Augmentation(u[:, 0] < flip, (u[:, 1] * (2 * pad + 1)).long(), (u[:, 2] * (2 * pad + 1)).long(), box, pad)
 
-# %% ../nbs/01_data.ipynb #0757c8ad
-def apply_augmentation(images,  # uint8 (B, 3, H, W)
-                       a: Augmentation):  # gives float32 (B, 3, H, W), normalised
-    "Flip, pad, crop, normalise, erase, for a whole batch at once."
+# %% ../nbs/01_data.ipynb #92ac7c3f
+def _apply(images, a):
+    "Flip, pad, crop, normalise, erase: uint8 (B, 3, H, W) to float32."
     import torch
     (n, _, height, width), device = images.shape, images.device
     to = lambda t: t.to(device, non_blocking=True)
-    padded = torch.nn.functional.pad(images, (a.pad,) * 4)  # (B, 3, H + 2 pad, W + 2 pad)
-    ys, xs = torch.arange(height, device=device), torch.arange(width, device=device)
-    rows, cols = to(a.top)[:, None] + ys, to(a.left)[:, None] + xs  # (B, H), (B, W)
-    cols = torch.where(to(a.flip)[:, None], width + 2 * a.pad - 1 - cols, cols)
-    batch, channel = torch.arange(n, device=device).view(n, 1, 1, 1), torch.arange(3, device=device).view(1, 3, 1, 1)
-    out = normalize(padded[batch, channel, rows[:, None, :, None], cols[:, None, None, :]])
-    y, x, h, w = (t[:, None] for t in to(a.box).unbind(1))
+    flipped = torch.where(to(a.flip).view(n, 1, 1, 1), images.flip(3), images)
+    windows = torch.nn.functional.pad(flipped, (a.pad,) * 4).unfold(2, height, 1).unfold(3, width, 1)  # (B, 3, 2 pad + 1, 2 pad + 1, H, W), a view
+    out = normalize(windows[torch.arange(n, device=device), :, to(a.top), to(a.left)])  # (B, 3, H, W)
+    ys, xs, (y, x, h, w) = torch.arange(height, device=device), torch.arange(width, device=device), (t[:, None] for t in to(a.box).unbind(1))
     inside = ((ys >= y) & (ys < y + h))[:, None, :, None] & ((xs >= x) & (xs < x + w))[:, None, None, :]  # (B, 1, H, W)
     return torch.where(inside, torch.tensor(_MEAN, device=device).view(1, 3, 1, 1), out)
+
+# %% ../nbs/01_data.ipynb #2564b9e1
+def apply_augmentation(images,  # uint8 (B, 3, H, W)
+                       a: Augmentation,
+                       part: int = 32,  # images at a time on a CPU
+                      ):  # float32 (B, 3, H, W), normalised
+    "Flip, pad, crop, normalise, erase, for a whole batch."
+    import torch
+    if images.device.type != 'cpu' or len(images) <= part: return _apply(images, a)
+    out = torch.empty(images.shape)
+    for s in (slice(i, i + part) for i in range(0, len(images), part)): out[s] = _apply(images[s], Augmentation(a.flip[s], a.top[s], a.left[s], a.box[s], a.pad))
+    return out
 
 def augment(images,  # uint8 (B, 3, H, W)
             generator=None,  # torch.Generator on the CPU

@@ -169,7 +169,7 @@ def search(args: list):  # words after `ccc search`
     for q, rank, name, cosine in model.search(o.query if one else open_crops(o.query)[0], gallery, o.k).rows():
         print(f'{ascii(q)[1:-1]}\t{rank}\t{cosine:.3f}\t{ascii(name)[1:-1]}')
 
-# %% ../nbs/10_cli.ipynb #46afcd3d
+# %% ../nbs/10_cli.ipynb #902646a7
 @dataclass
 class ExportOptions:
     "One file to take away, checked on real images, with a card beside it."
@@ -184,7 +184,7 @@ def export(args: list):  # words after `ccc export`
     o = read_options(tyro.conf.PositionalRequiredArgs[ExportOptions], args, 'ccc export')
     from ccc.model import load, open_crops
     lowest = load(o.model).export(o.path, open_crops(o.images)[0], o.licence)
-    print(f'{o.path}: cosine to the original at least {lowest:.6f} on real images; {Path(o.path).with_suffix(".md")}')
+    print(f'{o.path}: cosine to the original at least {lowest:.7f} on real images; {Path(o.path).with_suffix(".md")}')
 
 # %% ../nbs/10_cli.ipynb #07a72f22
 @dataclass

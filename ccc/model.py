@@ -487,7 +487,7 @@ def parity(a: Model, b: Model,  # two forms of one model
     if not lowest > least: raise ValueError(f'two forms of a model must agree: cosine above {least} on every image, got {lowest:.6f}')
     return lowest
 
-# %% ../nbs/08b_model.ipynb #4f2cd2ba
+# %% ../nbs/08b_model.ipynb #d06a5847
 _LIMITS = '''It was trained without identity labels to put pictures of one person (or vehicle) near each other. It gives similarities, not identities: it cannot say who somebody is.
 Do not use it to identify or follow people without their consent or another legal ground; see the page on responsible use of `ccc`.
 It leans on clothing, colour, pose and on what is particular to the cameras of its training data. Expect it to fail after a change of clothes, under other light, from other angles, and to be less reliable for groups of people who were few in those data; none of this has been measured unless it is said above.'''
@@ -501,7 +501,7 @@ def card(model: Model, name: str = '',  # of the file
     "What a reader must know of a model, from its description."
     i, percent = model.info, lambda s: {k: f'{v:.1%}' for k, v in s.items() if k != 'epoch'}
     usage = {'input': i['input'], 'size': f"{i['height']} x {i['width']} (height x width), {i['resize']}", 'normalisation': f"inside the model; mean {i['normalisation']['mean']}, deviation {i['normalisation']['std']}",
-             'output': i['output'], 'network': f"{i['arch']}, {i['pooling']} pooling, {i['dim']} numbers", 'weights': i['weights'], 'checked': lowest and f'cosine to the original at least {lowest:.6f} on real images'}
+             'output': i['output'], 'network': f"{i['arch']}, {i['pooling']} pooling, {i['dim']} numbers", 'weights': i['weights'], 'checked': lowest and f'cosine to the original at least {lowest:.7f} on real images'}
     data = {'data set': i['settings']['dataset'], 'fingerprint': i['data'].get('fingerprint'), 'images': ', '.join(f'{k} {v:,}' for k, v in i['data'].items() if k != 'fingerprint'), 'origin of the first weights': i['settings']['resnet_pretrained']}
     labels = {k: round(v, 3) if isinstance(v, float) else v for k, v in i['metrics'].items() if k in ('n_clusters', 'n_outliers', 'churn', 'silhouette', 'confidence', 'nmi', 'camera_nmi')}
     scores = percent(i['scores']) or {'score': 'not evaluated: nothing is known of how well it finds people'}

@@ -44,6 +44,18 @@ def timed(name, run, *args):
     return result
 
 
+def index(n, dim=512, queries=100):
+    "An index of n embeddings: making it, saving it, searching it."
+    from ccc.model import Index
+    x = np.random.default_rng(0).normal(size=(n, dim)).astype(np.float32)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    with tempfile.TemporaryDirectory() as folder:
+        made = timed(f'Index of {n:,} x {dim}', Index, x, [f'{i}.jpg' for i in range(n)], 'none')
+        timed('save', made.save, Path(folder) / 'i.faiss')
+        back = timed('load', Index.load, Path(folder) / 'i.faiss')
+    assert (timed(f'search {queries}, k 10', back.search, x[:queries], 10)[1][:, 0] == np.arange(queries)).all()
+
+
 def main(n, root):
     if not root.exists(): timed(f'make {n:,} files', make, root, n)
     print(f'{len(os.sched_getaffinity(0))} core')
@@ -52,6 +64,7 @@ def main(n, root):
     check = timed('check_images (reads all)', check_images, data)
     kept = timed('keep_readable', keep_readable, data, check)
     print(check)
+    index(n)
     assert len(files) == len(data.train) == n and len(check.faults()) == n // 20 and len(kept.train) == n - n // 20
 
 

@@ -180,13 +180,13 @@ def evaluation_due(config: Config,  # settings
     count, last = epoch + 1, epoch + 1 == config.num_epochs
     return last or (epoch >= config.eval_start_epoch and (count == 1 or count % config.eval_step_epoch == 0))
 
-# %% ../nbs/08a_config.ipynb #15e44d02
+# %% ../nbs/08a_config.ipynb #b89ac5e9
 PUBLISHED_BATCH = dict(batch_size=256, num_instances=16, bn_chunks=2, lr=3.5e-4)
 CITY_BATCH = dict(batch_size=64, num_instances=4, bn_chunks=1, lr=3.5e-4)
 
 def departures(config: Config) -> list:  # sentences, none if batch, chunks and learning rate are the recipe's
     "How batch, chunks or learning rate leave the recipe of the data set."
-    usual = CITY_BATCH if config.dataset == 'city' else PUBLISHED_BATCH
+    usual = CITY_BATCH if 'city' in (config.dataset, config.recipe) else PUBLISHED_BATCH     # its recipe serves small folders of one's own, too
     return [f'{name} is {getattr(config, name)}, the recipe has {value}' for name, value in usual.items() if getattr(config, name) != value]
 
 # %% ../nbs/08a_config.ipynb #cc9c121b

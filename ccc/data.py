@@ -203,19 +203,27 @@ def _own_entries(root, sources):
     if empty: raise ValueError(f'empty split: no image in {", ".join(str(root / s) for s in empty)}')
     return entries
 
-# %% ../nbs/01_data.ipynb #dbf72870
+# %% ../nbs/01_data.ipynb #d0ace8d2
 def _words(path, text, pattern):
     "pid and camid as the text has them, '' where the pattern does not say."
     m = re.search(pattern, text)
     if m is None: raise ValueError(f'name does not parse: {text!r} has no match for {pattern!r} (file {path}). Rename or remove the file, or give another pattern.')
     return [m.groupdict().get(name) or '' for name in ('pid', 'camid')]
 
+def _check_pattern(pattern):
+    "ValueError for what is no regular expression, or says neither pid nor camid."
+    try: groups = re.compile(pattern).groupindex
+    except re.error as e: raise ValueError(f'pattern must be a regular expression, got {pattern!r}: {e}') from None
+    if pattern and not {'pid', 'camid'} & set(groups): raise ValueError(f'pattern must have a group (?P<pid>…) or (?P<camid>…), got {pattern!r}')
+
 def _own_splits(root, sources, pattern, first_camera):
     "The splits of a folder of one's own."
     rows = [(part, *e) for part, found in _own_entries(root, sources).items() for e in found]
     if pattern is None: pattern = _NAME if all(re.search(_NAME, text) for _, _, text in rows) else ''
+    _check_pattern(pattern)
     said = [_words(path, text, pattern) for _, path, text in rows]
-    rows, said = zip(*((r, s) for r, s in zip(rows, said) if s[0] != '-1'))       # junk
+    rows, said = ([a for a, s in zip(both, said) if s[0] != '-1'] for both in (rows, said))      # junk
+    if not rows: raise ValueError(f'a data set needs images, got nothing but junk (-1 for the identity) in {root}')
     (pids, numbers), (camids, numbered) = (number_names(column) for column in zip(*said))
     if numbered and (camids >= 0).any():
         if camids[camids >= 0].min() < first_camera: raise ValueError(f'camera numbers must start at first_camera={first_camera}, found {camids[camids >= 0].min()}')

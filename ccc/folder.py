@@ -62,7 +62,7 @@ def _columns(table):
     except ImportError as e: raise ImportError("Parquet needs `pip install 'ccc-reid[tables]'` (pandas and pyarrow)") from e
     return pandas.read_parquet(table).to_dict('list')
 
-# %% ../nbs/01b_folder.ipynb #63570e19
+# %% ../nbs/01b_folder.ipynb #3248633e
 TABLES = ('.csv', '.parquet')
 SPLITS = ('train', 'query', 'gallery')
 
@@ -75,7 +75,7 @@ def read_table(table,  # path of a .csv or .parquet file, or a pandas DataFrame,
     empty = [i for i, p in enumerate(columns['path']) if _empty(p)]
     if empty: raise ValueError(f'every row needs a path, got none in {len(empty)} rows, the first of them row {empty[0]}')
     n, root = len(columns['path']), Path(root or ('.' if hasattr(table, 'to_dict') else Path(table).parent)).expanduser()
-    paths = np.array([str(root / str(p)) for p in columns['path']])
+    paths = np.array([str(root / os.path.expanduser(str(p))) for p in columns['path']])
     pids, camids = (number_names(columns.get(name, [None] * n))[0] for name in ('pid', 'camid'))
     parts = np.array([str(s).strip().lower() for s in columns.get('split', ['train'] * n)])
     unknown = sorted(set(parts.tolist()) - set(SPLITS))

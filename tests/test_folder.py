@@ -102,6 +102,17 @@ def test_bad_tables(tmp_path, text, says):
     with pytest.raises(ValueError, match=says): read_table(tmp_path / 't.csv')
 
 
+@pytest.mark.parametrize('options, says', [(dict(pattern='('), 'regular expression'), (dict(pattern='(?P<who>x)'), 'a group'), (dict(pattern='(?P<pid>x)'), 'does not parse'), (dict(train='B'), 'empty split')])
+def test_bad_patterns_are_one_line(tmp_path, options, says):
+    picture(0).save(tmp_path / 'a.png')
+    with pytest.raises(ValueError, match=says): load_dataset('folder', tmp_path, **options)
+
+
+def test_nothing_but_junk(tmp_path):
+    picture(0).save(tmp_path / '-1_c1_a.png')
+    with pytest.raises(ValueError, match='junk'): load_dataset('folder', tmp_path)
+
+
 def test_numbers_and_names():
     assert number_names([3, '03', None])[0].tolist() == [3, 3, -1]
     assert number_names(['10', '9', 'x'])[0].tolist() == [0, 1, 2]        # one name among numbers: all are names

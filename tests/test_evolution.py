@@ -1,0 +1,115 @@
+"Evolution, confidence, widgets: what the notebooks do not show of odd runs, many points and errors."
+import io
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ccc import confidence, evolution, widgets
+
+
+def write(run, epochs=3, n=50, m=20, seed=0, maps=True, cameras=True, labels=None):
+    (run/'labels').mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    index = np.sort(rng.choice(n, m, replace=False))
+    for e in range(epochs):
+        arrays = dict(labels=rng.integers(-1, 4, n).astype(np.int32) if labels is None else labels, confidence=rng.random(n, dtype=np.float32))
+        if maps: arrays |= dict(map=rng.normal(size=(m, 2)).astype(np.float32), map_index=index)
+        if maps and cameras: arrays |= dict(camids=rng.integers(0, 3, m))
+        np.savez(run/f'labels/epoch_{e:03d}.npz', **arrays)
+    return run
+
+
+def drawn(fig):
+    fig.canvas.draw()
+    return fig
+
+
+def test_cameras_from_the_files_are_known_only_on_the_map(tmp_path):
+    h = evolution.read_history(write(tmp_path))
+    assert (h.camids >= 0).sum() == 20 and (np.flatnonzero(h.camids >= 0) == h.index).all()
+    assert 0 <= evolution.label_signs(h)['camera_nmi'][0] <= 1
+    drawn(evolution.plot_camera_matrix(h.labels[0], h.camids))
+
+
+def test_maps_of_different_images_are_refused(tmp_path):
+    write(tmp_path)
+    arrays = dict(np.load(tmp_path/'labels/epoch_001.npz'))
+    np.savez(tmp_path/'labels/epoch_001.npz', **arrays | dict(map_index=arrays['map_index'][::-1]))
+    with pytest.raises(ValueError, match='different map_index'):
+        evolution.read_history(tmp_path)
+
+
+def test_one_epoch_and_only_outliers(tmp_path):
+    h = evolution.read_history(write(tmp_path, epochs=1, labels=np.full(50, -1)))
+    with np.errstate(all='raise'):
+        flow = evolution.label_flow(h.labels[0], h.labels[0])
+    assert flow['out'] == 50 and not len(flow['died']) and flow['churn'] == 1
+    drawn(evolution.plot_signs(h))
+    assert Image.open(io.BytesIO(evolution.animate_evolution(h, width=300))).format == 'PNG'
+    with pytest.raises(ValueError, match='at least two epochs, got 1'):
+        evolution.plot_flow(h)
+    assert 'outliers' in widgets.Explorer(h).text.value or '50 outliers' in widgets.Explorer(h).text.value
+
+
+def test_flow_counts_every_image_once():
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        a, b = rng.integers(-1, 6, 80), rng.integers(-1, 6, 80)
+        flow = evolution.label_flow(a, b)
+        assert sum(flow[k] for k in ('stay', 'change', 'fall_out', 'come_back', 'out')) == 80
+
+
+def test_a_sample_is_said_in_the_animation_and_the_view(tmp_path):
+    h = evolution.read_history(write(tmp_path))
+    assert evolution._sample_note(h) == '\n20 of 50 images, drawn at random'
+    view = widgets.Explorer(h, max_points=10)
+    assert '10 of 50 images, drawn at random' in view.text.value and len(view.figure.data[0].x) == 10
+    view.show(epoch=0, right='camera')
+    assert np.allclose(view.figure.data[1].x, h.maps[0][np.searchsorted(h.index, view.index), 0])
+
+
+def test_outliers_keep_their_cross_in_every_colouring(tmp_path):
+    h = evolution.read_history(write(tmp_path), SimpleNamespace(pids=np.arange(50) % 30, camids=np.arange(50) % 12))
+    for kind in ('cluster', 'confidence', 'camera', 'person'):
+        marker, out = widgets._marker(h, kind, 0, h.index, 6), h.labels[0, h.index] < 0
+        assert (marker['symbol'][out] == 4).all() and (marker['symbol'][~out] != 4).all()
+
+
+def test_hundred_thousand_images(tmp_path):
+    h = evolution.read_history(write(tmp_path, epochs=2, n=100_000, m=1000))
+    drawn(evolution.plot_signs(h))
+    drawn(evolution.plot_flow(h))
+    assert '1,000 of 100,000 images' in widgets.Explorer(h).text.value
+
+
+def test_views_need_nothing_to_be_imported():
+    code = "import sys, ccc.widgets, ccc.evolution; print([m for m in ('plotly', 'ipywidgets', 'anywidget', 'matplotlib', 'torch') if m in sys.modules])"
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
+
+
+def test_without_the_extra_the_error_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'plotly', None)
+    monkeypatch.setitem(sys.modules, 'plotly.graph_objects', None)
+    with pytest.raises(ImportError, match=r"pip install 'ccc-reid\[notebook\]'"):
+        widgets.controls(lambda: None)
+
+
+def test_limits_are_those_of_hdc():
+    from ccc.hdc import peripheral_objects
+    rng = np.random.default_rng(0)
+    labels, h = rng.integers(0, 9, 200).astype(np.int32), rng.random(200).astype(np.float32)
+    _, _, limit = confidence.peripheral_limits(labels, h, 1.)
+    assert ((h > limit[labels].astype(np.float32)) == peripheral_objects(labels, h, 9, 1.)).all()
+
+
+@pytest.mark.parametrize('rule', ['hd_camera', 'cm', 'tccl_camera'])
+def test_chd_of_one_image_and_one_camera(rule):
+    z = np.eye(3, dtype=np.float32)[:1]
+    assert confidence.rule_choices(z, [0], np.eye(3)[1])[rule] in ([0], [-1])
+    d, s, h = confidence.harmonic_scores(z, [0], np.eye(3, dtype=np.float32)[0])
+    assert np.allclose([d[0], s[0], h[0]], [0, 2, 0])
+    drawn(confidence.plot_chd(z, [0], np.eye(3)[1]))

@@ -166,7 +166,7 @@ def _bare(ax):
     ax.margins(.08)
     ax.set_aspect('equal', 'datalim')
 
-# %% ../nbs/00_viz.ipynb #b0d3446f
+# %% ../nbs/00_viz.ipynb #4d06b2c7
 def draw_clusters(ax,     # matplotlib axes
                   xy,     # map (N, 2)
                   groups,  # (N,) int, below 0 = outlier
@@ -176,7 +176,7 @@ def draw_clusters(ax,     # matplotlib axes
     _draw_groups(ax, xy, groups, coloured=coloured)
     _number_groups(ax, xy, groups, coloured)
     _bare(ax)
-    ax.set_title(title)
+    ax.set_title(title, fontsize=12 if len(title) < 40 else 9)
 
 # %% ../nbs/00_viz.ipynb #5e611c1f
 def _count(n, one, many=None):

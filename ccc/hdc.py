@@ -136,7 +136,7 @@ def nearest_start(graph: csr_array,    # (N, N) distances in [0, 1]; absent: 1
         best[cols[nearer]], labels[cols[nearer]] = values[nearer], j
     return labels
 
-# %% ../nbs/04_hdc.ipynb #2f560d96
+# %% ../nbs/04_hdc.ipynb #a5fea6f3
 @dataclass
 class CentroidDistances:
     "Distances between fixed samples and moving centroids, the largest of them found without computing all."
@@ -171,8 +171,7 @@ class CentroidDistances:
         self.found = 0.
         self.consider(f, self.farthest[0], np.array([self.farthest[1]]), np.array([0]))
         columns = self.reachable(f)
-        for lo in range(0, len(self.x) if len(columns) else 0, self.block):
-            bounds = self.upper_bounds(f[columns], slice(lo, lo + self.block))
+        for lo, bounds in self.upper_bounds(f[columns]) if len(columns) else ():
             self.bounds[columns] = np.maximum(self.bounds[columns], bounds.max(0))
             self.consider(f, lo, columns, bounds.argmax(keepdims=True).ravel())       # the best first: it leaves few others
             self.consider(f, lo, columns, self.promising(f, lo, columns, bounds))
@@ -186,13 +185,16 @@ class CentroidDistances:
         self.bounds[columns], self.n_columns = 0, self.n_columns + len(columns)
         return columns
 
-    def upper_bounds(self, f, rows):
-        "||e_i - f_j||^2 of a block of samples, with room for the rounding of the product."
-        e, norms = self.lifted[rows].view(np.float32), _square_norms(f)
-        bounds = e @ (-2 * f.view(np.float32)).T                                    # (block, D) @ (D, K) -> (block, K)
-        bounds += norms + e.shape[1] * np.finfo(np.float32).eps * (self.norms.max() + norms.max())
-        bounds += self.norms[rows, None]
-        return bounds
+    def upper_bounds(self, f):
+        "||e_i - f_j||^2 by blocks of samples (where each begins, the block), with room for the rounding of the product; blocks share their memory."
+        g, norms, shared = -2 * f.view(np.float32).T, _square_norms(f), np.empty((min(self.block, len(self.x)), len(f)), np.float32)
+        norms += len(g) * np.finfo(np.float32).eps * (self.norms.max() + norms.max())
+        for lo in range(0, len(self.x), self.block):
+            e = self.lifted[lo:lo + self.block].view(np.float32)
+            bounds = np.matmul(e, g, out=shared[:len(e)])                           # (block, D) @ (D, K) -> (block, K)
+            bounds += norms
+            bounds += self.norms[lo:lo + self.block, None]
+            yield lo, bounds
 
     def promising(self, f, lo, columns, bounds):
         "Flat places in a block whose bound exceeds the distance found; where they are too many, the one of largest distance."

@@ -4,6 +4,7 @@ import pytest
 from conftest import golden
 from sklearn.cluster import DBSCAN
 
+from ccc import labels
 from ccc.data import toy_embeddings
 from ccc.labels import churn, diagnose, drop_small_clusters, make_labels, within
 from ccc.memory import ClusterMemory
@@ -65,3 +66,21 @@ def test_centroids_of_hdc():
     np.testing.assert_allclose(own.centroids, means.centroids, atol=1e-6)       # peripheral objects are outliers: the same
     kept = [make_labels(x, 'hdc', n_clusters=12, k1=10, k2=4, random_state=0, own_centroids=o, hdc_options=dict(outliers=False)) for o in (True, False)]
     assert np.abs(kept[0].centroids - kept[1].centroids).max() > 1e-3           # kept members move the mean
+
+
+def test_kmeans_of_tensors_is_faiss_own():
+    "The road of a GPU, walked on a CPU: plausible clusters, the same for the same seed, nothing printed."
+    torch = pytest.importorskip('torch')
+    x, pids, _ = toy_embeddings()
+    first, again = (labels._kmeans(torch.from_numpy(x), 12, 4, 0) for _ in range(2))
+    np.testing.assert_array_equal(first[0], again[0])
+    assert diagnose(first[0], pids)['nmi'] > .7 and first[2].shape == (first[0].max() + 1, x.shape[1])
+
+
+def test_dbscan_gets_a_thin_graph(monkeypatch):
+    "Pairs beyond eps are never stored, and change nothing."
+    x, seen = toy_embeddings()[0], []
+    whole = make_labels(x, 'dbscan', eps=.5, graph=jaccard_distance(x, 30, 6))
+    monkeypatch.setattr(labels, 'within', lambda graph, eps: seen.append(graph.data.max()) or within(graph, eps))
+    np.testing.assert_array_equal(make_labels(x, 'dbscan', eps=.5).labels, whole.labels)
+    assert seen[0] <= .5

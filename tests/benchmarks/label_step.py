@@ -44,23 +44,23 @@ def rates(n, k):
     return len(a) * 512 * b.shape[1] / product, 2 * copy.nbytes / min(timed(lambda: np.copyto(target, copy))[1] for _ in range(5))
 
 
-def ranking_stage(mac, byte):
-    "3,368 queries in 15,913 gallery images, against scikit-learn's average precision of a query at a time (100 of them)."
+def ranking_stage(byte):
+    "3,368 queries, 15,913 gallery images and their distances, against scikit-learn's average precision, a query at a time (100 of them)."
     from sklearn.metrics import average_precision_score
-    from ccc.evaluation import evaluate_embeddings
+    from ccc.evaluation import evaluate_ranking
     rng, shape = np.random.default_rng(0), (3368, 15913)
-    q, g = (rng.normal(size=(n, 128)).astype(np.float32) for n in shape)
+    distances = rng.random(shape, np.float32)
     (qp, gp), (qc, gc) = ([rng.integers(0, top, n) for n in shape] for top in (750, 6))
-    _, seconds = timed(lambda: evaluate_embeddings(q, g, qp, gp, qc, gc))
-    distances = ((q[:100, None] - g[None, :1]) ** 2).sum(-1) + rng.random((100, shape[1]))
-    def twin():
-        for i in range(100):
-            valid = ~((gp == qp[i]) & (gc == qc[i]))
-            average_precision_score(gp[valid] == qp[i], -distances[i, valid])
-    return dict(seconds=seconds, floor=shape[0] * shape[1] * (128 / mac + 8 / byte), twin=timed(twin)[1] * shape[0] / 100)
+    def twin(i):
+        valid = ~((gp == qp[i]) & (gc == qc[i]))
+        return average_precision_score(gp[valid] == qp[i], -distances[i, valid])
+    ours, seconds = timed(lambda: evaluate_ranking(distances, qp, gp, qc, gc))
+    slow, slow_seconds = timed(lambda: [twin(i) for i in range(100)])
+    assert np.allclose(ours.ap[:100], slow, atol=1e-6)
+    return dict(seconds=seconds, floor=distances.nbytes / byte, twin=slow_seconds * shape[0] / 100)
 
 
-def measure(source, twin, rounds):
+def measure(source, twin, rounds, dbscan):
     "All stages on one set of embeddings."
     from ccc.hdc import converged, graph_plusplus, hdc_rounds, refill
     from ccc.labels import make_labels
@@ -81,7 +81,6 @@ def measure(source, twin, rounds):
         if converged([r.shift for r in found]): break
     encode_bytes = n * 4 * (31 * 31 + 31 * 16 * 16) + V.nnz * 24                    # lists searched for mutual neighbours; weights averaged, written
     graph_bytes = graph.data.nbytes + graph.indices.nbytes
-    dbscan, density = timed(lambda: make_labels(x, 'dbscan', eps=.5))
     stages = {
         'k-NN': dict(seconds=search, floor=n * n * d / mac),
         'encoding': dict(seconds=encode, floor=encode_bytes / byte),
@@ -91,15 +90,16 @@ def measure(source, twin, rounds):
         'HDC round': dict(seconds=float(np.median(times)), floor=n * 2 * d * k / mac + graph_bytes / byte),
         'HDC, all rounds': dict(seconds=sum(times), floor=len(times) * (n * 2 * d * k / mac + graph_bytes / byte)),
         'label step': dict(seconds=search + encode + jaccard + start + sum(times)),
-        'label step, DBSCAN': dict(seconds=density),
     }
     stages['label step']['floor'] = sum(stages[s]['floor'] for s in ('graph', 'starts', 'HDC, all rounds'))
     about = dict(source=kind, n=n, d=d, k=k, rounds=len(found), neighbours_a_row=graph.nnz / n, product=n * 512 * k / mac, gflops=2 * mac / 1e9, gb_s=byte / 1e9,
-                 clusters=int(len(np.unique(found[-1].labels))), dbscan_clusters=dbscan.n_clusters, peak_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+                 clusters=int(len(np.unique(found[-1].labels))), peak_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+    if dbscan: about['dbscan_clusters'], stages['label step, DBSCAN'] = (run := timed(lambda: make_labels(x, 'dbscan', eps=.5)))[0].n_clusters, dict(seconds=run[1])
     if n <= twin:
         slow_ranked, stages['k-NN']['twin'] = timed(lambda: dense_twin.neighbours(x, 31))
-        dense_V, stages['encoding']['twin'] = timed(lambda: dense_twin.encoding(x, slow_ranked, 6))
+        dense_V, stages['encoding']['twin'] = timed(lambda: dense_twin.encoding(x, ranked, 6))   # ours: nearly equal distances may swap
         J, stages['Jaccard']['twin'] = timed(lambda: dense_twin.jaccard(dense_V))
+        about['neighbours_equal'] = float(np.mean([len(set(a) & set(b)) / 31 for a, b in zip(slow_ranked, ranked)]))
         about['graph_difference'] = float(np.abs(J - to_dense(graph)).max())
         del dense_V
         slow_starts, stages['starts']['twin'] = timed(lambda: dense_twin.starts(J, k, 0))
@@ -117,7 +117,7 @@ def measure(source, twin, rounds):
         stages['HDC round']['twin'] = float(np.median(slow_times))
         stages['HDC, all rounds']['twin'] = stages['HDC round']['twin'] * len(found)
         stages['label step']['twin'] = sum(stages[s]['twin'] for s in ('graph', 'starts', 'HDC, all rounds'))
-    if kind == 'real': stages['ranking'] = ranking_stage(mac, byte)
+    if kind == 'real': stages['ranking'] = ranking_stage(byte)
     return dict(about, stages=stages)
 
 
@@ -128,7 +128,7 @@ def table(results):
         s = r['stages']
         yield (f"\n{r['source']}: N = {r['n']:,}, D = {r['d']}, K = {r['k']}, {r['neighbours_a_row']:.0f} stored neighbours a row, {r['rounds']} rounds; peak {r['peak_gb']:.2f} GB; "
                f"graph {s['graph']['seconds'] / s['k-NN']['seconds']:.2f} x k-NN, HDC round {s['HDC round']['seconds'] / r['product']:.1f} x one product (N x 512)(512 x K)")
-        if 'labels_equal' in r: yield f"twin: graph differs by {r['graph_difference']:.1e} at most, starts equal {r['starts_equal']:.2%}, labels of three rounds equal {', '.join(f'{e:.2%}' for e in r['labels_equal'])}"
+        if 'labels_equal' in r: yield f"twin: neighbours equal {r['neighbours_equal']:.4%}, graph differs by {r['graph_difference']:.1e} at most, starts equal {r['starts_equal']:.2%}, labels of three rounds equal {', '.join(f'{e:.2%}' for e in r['labels_equal'])}"
         yield f"{'stage':20}{'seconds':>10}{'x floor':>10}{'twin':>10}{'twin / ours':>13}{'exponent':>10}"
         for name, t in s.items():
             cells = [f"{t['seconds']:10.3f}", f"{t['seconds'] / t['floor']:10.1f}" if 'floor' in t else ' ' * 10,
@@ -144,13 +144,15 @@ def main():
     parser.add_argument('--sizes', nargs='*', default=['3000', '13000', '33000', '100000'])
     parser.add_argument('--twin-up-to', type=int, default=13000)
     parser.add_argument('--rounds', type=int, default=80)
+    parser.add_argument('--without-dbscan', action='store_true')
     parser.add_argument('--out')
     parser.add_argument('--one', help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.one: return print('result', json.dumps(measure(args.one, args.twin_up_to, args.rounds)))
+    if args.one: return print('result', json.dumps(measure(args.one, args.twin_up_to, args.rounds, not args.without_dbscan)))
     results = []
     for source in [*args.features, *args.sizes]:
-        run = subprocess.run([sys.executable, __file__, '--one', source, '--twin-up-to', str(args.twin_up_to), '--rounds', str(args.rounds)], stdout=subprocess.PIPE, text=True, check=True)
+        run = subprocess.run([sys.executable, __file__, '--one', source, '--twin-up-to', str(args.twin_up_to), '--rounds', str(args.rounds),
+                              *['--without-dbscan'] * args.without_dbscan], stdout=subprocess.PIPE, text=True, check=True)
         results.append(json.loads(run.stdout.split('result ')[-1]))
         print(*list(table(results))[-len(list(table(results[-1:]))):], sep='\n', flush=True)
         if args.out: Path(args.out).write_text(json.dumps(results, indent=1) + '\n')

@@ -8,8 +8,9 @@ __all__ = ['PRIVATE', 'READERS', 'WRITERS', 'Crops', 'Bytes', 'run_torch', 'Mode
            'error_rates', 'Calibration', 'set_threshold', 'calibrate', 'surest', 'Verdict', 'same', 'export', 'parity',
            'card']
 
-# %% ../nbs/08b_model.ipynb #fd893815
+# %% ../nbs/08b_model.ipynb #bb150976
 import base64
+import copy
 import csv
 import hashlib
 import html
@@ -401,11 +402,12 @@ def same(model: Model, a, b,  # as of `Crops`, as many in b as in a
 
 Model.calibrate, Model.same = calibrate, same
 
-# %% ../nbs/08b_model.ipynb #72501835
+# %% ../nbs/08b_model.ipynb #c595ed29
 def _program(model):
     "The whole computation for any number of images."
     images = torch.zeros((2, 3, model.info['height'], model.info['width']), dtype=torch.uint8)
-    return torch.export.export(model.module.cpu().eval(), (images,), dynamic_shapes=({0: torch.export.Dim('batch')},))
+    module = copy.deepcopy(model.module).cpu().eval()      # a model in use stays on its device
+    return torch.export.export(module, (images,), dynamic_shapes=({0: torch.export.Dim('batch')},))
 
 def _write_onnx(model, path):
     try: import onnx, onnxscript

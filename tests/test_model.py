@@ -63,6 +63,15 @@ def test_every_form_is_the_model(model, crops, tmp_path, suffix):
         with pytest.raises(ValueError, match='needs the network itself'): again.export(tmp_path / 'b.onnx', crops)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_on_a_gpu_as_on_a_cpu(model, crops, tmp_path):
+    model.export(tmp_path / 'm.safetensors', crops)
+    there = ccc.load(tmp_path / 'm.safetensors', device='cuda')
+    assert (there.embed(crops) * model.embed(crops)).sum(1).min() > .9999
+    there.export(tmp_path / 'm.pt2', crops)
+    assert next(there.module.parameters()).is_cuda and (there.embed(crops) * model.embed(crops)).sum(1).min() > .9999
+
+
 def test_a_file_that_differs_is_not_kept(model, crops, tmp_path, monkeypatch):
     other = Model(None, model.info, Bytes(make_network(Config(**CONFIG.__dict__ | dict(seed=1)))))
     monkeypatch.setitem(ccc.model.WRITERS, '.safetensors', lambda m, path, write=ccc.model.WRITERS['.safetensors']: write(other, path))

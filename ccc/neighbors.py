@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from . import _neighbors_kernels as kernels
 
-# %% ../nbs/03_neighbors.ipynb #25490eee
+# %% ../nbs/03_neighbors.ipynb #c5e8019c
 def on_accelerator(x) -> bool:
     "Is x a torch tensor that lies elsewhere than in main memory?"
     return getattr(getattr(x, 'device', None), 'type', 'cpu') != 'cpu'
@@ -40,9 +40,9 @@ def progress(items, name):
     start, bar = time.monotonic(), None
     for n, item in enumerate(items):
         yield item
-        if bar: bar.update()
+        if bar is not None: bar.update()              # a bar without a total has no truth value
         elif time.monotonic() - start > 2: bar = tqdm(desc=name, total=len(items) if hasattr(items, '__len__') else None, initial=n + 1, leave=False)
-    if bar: bar.close()
+    if bar is not None: bar.close()
 
 # %% ../nbs/03_neighbors.ipynb #941de541
 def _search_faiss(x, k, index, block=8192):

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['PURPOSES', 'HDC_INIT', 'HDC_METRIC', 'REASONS', 'seed_for', 'open_dataset', 'make_network', 'label_options',
-           'build_graph', 'label_free', 'epoch_batches', 'check_clusters', 'augment_batch', 'gather_batch',
-           'train_step', 'make_optimizer', 'make_memory', 'ranking_ids', 'why_no_match', 'rank_gallery', 'can_rank',
-           'check_size', 'fallbacks', 'UnderWay', 'cache_folder', 'State', 'BadBatch', 'Training', 'Stages',
-           'Checkpointed', 'describe_warmup', 'warmup_folder', 'leave_warmup', 'take_warmup', 'Kept', 'Trainer', 'fit',
+           'graph_for', 'label_free', 'epoch_batches', 'check_clusters', 'augment_batch', 'gather_batch', 'train_step',
+           'make_optimizer', 'make_memory', 'ranking_ids', 'why_no_match', 'rank_gallery', 'can_rank', 'check_size',
+           'fallbacks', 'UnderWay', 'cache_folder', 'State', 'BadBatch', 'Training', 'Stages', 'Checkpointed',
+           'describe_warmup', 'warmup_folder', 'leave_warmup', 'take_warmup', 'Kept', 'Guarded', 'Trainer', 'fit',
            'Config', 'learning_rate', 'evaluation_due', 'Chunked', 'extract_embeddings', 'from_main', 'make_engine',
            'checkpoints', 'describe_run', 'new_run', 'read_checkpoint', 'read_metrics', 'summary', 'table_head',
            'table_line', 'write_file', 'write_metrics', 'Stopped']
 
-# %% ../nbs/08_training.ipynb #db827be5
+# %% ../nbs/08_training.ipynb #b3b2789b
 import json
 import os
 import shutil
@@ -35,9 +35,8 @@ from .engine import (Chunked, arithmetic, extract_embeddings, fetch_images, from
                         training_flops, training_module)
 from .evaluation import evaluate_embeddings, evaluate_ranking, rerank, rerank_features
 from .folder import check_images, keep_readable
-from .labels import PseudoLabels, diagnose, make_labels
+from .labels import PseudoLabels, build_graph, diagnose, make_labels
 from .memory import ClusterMemory
-from .neighbors import jaccard_distance
 from .runs import (Stopped, StopSignals, checkpoints, describe_run, drop_checkpoint, new_run, newest_checkpoint, progress, read_checkpoint, read_metrics, summary, table_head,
                       table_line, write_checkpoint, write_metrics)
 from .viz import plot_evolution, sample_points, umap_map
@@ -72,7 +71,7 @@ def make_network(config: Config):  # `arch`, `resnet_pretrained`, `pooling_type`
         torch.manual_seed(seed_for(config.seed, 0, 'weights'))
         return build_backbone(config.arch, weights=weights, pooling=config.pooling_type)
 
-# %% ../nbs/08_training.ipynb #2c6bffca
+# %% ../nbs/08_training.ipynb #3fce06fc
 HDC_INIT = {'random': 'random', 'k-means++': 'k-means++-x', 'k-means++2': 'k-means++'}
 HDC_METRIC = {'Euler Cosine': 'euler_cosine', 'Cosine': 'cosine', 'Euclidean': 'euclidean'}
 
@@ -84,16 +83,15 @@ def label_options(config: Config,  # settings
     method = 'dbscan' if warm else c.clustering
     hdc = dict(init=HDC_INIT[c.hdc_init], metric=HDC_METRIC[c.hdc_similarity], max_iter=c.hdc_max_iter, outliers=c.hdc_outlier,
                normalize_centroids=c.hdc_normalize, threshold=c.threshold)
-    return dict(method=method, min_instances=c.cluster_min_instances, n_clusters=c.num_clusters, eps=c.dbscan_eps, k1=c.jaccard_k1, k2=c.jaccard_k2,
+    return dict(method=method, min_instances=c.cluster_min_instances, n_clusters=c.num_clusters, eps=c.dbscan_eps, k1=c.jaccard_k1, k2=c.jaccard_k2, index=c.knn_index,
                 jaccard=method != 'hdc' or not c.no_jaccard, own_centroids=c.hdc_centroids, hdc_options=hdc,
                 random_state=seed_for(c.seed, epoch, 'labels'))
 
-# %% ../nbs/08_training.ipynb #89a9caea
-def build_graph(x,  # (N, D) embeddings
-                options: dict):  # of `make_labels` -> (N, N) sparse Jaccard distances; None where the label maker has no use for them
-    "The neighbour graph in which labels are made."
-    if options['method'] == 'kmeans' or not options['jaccard']: return None
-    return jaccard_distance(x, min(options['k1'], len(x) - 1), min(options['k2'], len(x)))
+# %% ../nbs/08_training.ipynb #2a552a8c
+def graph_for(x,  # (N, D) embeddings
+              options: dict):  # of `make_labels` -> (N, N) sparse Jaccard distances; None where the label maker has no use for them
+    "The neighbour graph in which `make_labels(x, **options)` would work."
+    return build_graph(x, *(options[o] for o in ('method', 'eps', 'k1', 'k2', 'index'))) if options['jaccard'] else None
 
 # %% ../nbs/08_training.ipynb #d31c38f3
 def label_free(x,  # (N, D) embeddings
@@ -340,7 +338,7 @@ class Training(State):
         peak = measured_peak(self.engine.device, arithmetic(self.config, self.engine.device)['precision']) * self.engine.num_processes
         return speed(images, seconds, self._flops, peak)
 
-# %% ../nbs/08_training.ipynb #a8c13984
+# %% ../nbs/08_training.ipynb #8b1cb012
 class Stages(Training):
     "The four stages of an epoch; `step` calls them in order."
     def extract(self, split='train') -> np.ndarray:  # (N, D) float32, unit norm
@@ -355,9 +353,10 @@ class Stages(Training):
     def make_labels(self, x) -> PseudoLabels:
         "Pseudo-labels of the training embeddings `x`, by this epoch's label maker."
         def make():
-            options = label_options(self.config, self.epoch)
-            with self.timed('graph'): graph = build_graph(x, options)
-            with self.timed('cluster'): return make_labels(x, graph=graph, **options)
+            options, device = label_options(self.config, self.epoch), self.engine.device
+            there = x if device.type == 'cpu' else torch.from_numpy(x).to(device)    # where embeddings are, the whole label step is
+            with self.timed('graph'): graph = graph_for(there, options)
+            with self.timed('cluster'): return make_labels(there, graph=graph, **options)
         return from_main(self.engine, make)
 
     def describe_labels(self) -> dict:  # as of `diagnose` and `label_free`
@@ -549,8 +548,33 @@ class Kept(Checkpointed):
         flat = {k if not isinstance(v, dict) else f'{k}/{n}': x for k, v in row.items() for n, x in (v if isinstance(v, dict) else {k: v}).items()}
         self._tracker.log({k: v for k, v in flat.items() if isinstance(v, (int, float))}, step=row['epoch'] + 1)
 
-# %% ../nbs/08_training.ipynb #31370d5d
-class Trainer(Kept):
+# %% ../nbs/08_training.ipynb #05bf333f
+class Guarded(Kept):
+    "Adds what is kept when a run ends early."
+    def say(self, text: str):
+        "Prints, on the first process alone."
+        if self.engine.is_main_process: print(text, flush=True)
+
+    @contextmanager
+    def faults(self):
+        "What is kept when a run is asked to stop or comes to a step that cannot be right."
+        try: yield
+        except Stopped as stop: raise Stopped(stop.signal, self.stopped(stop)) from None
+        except BadBatch as bad:
+            if self.engine.is_main_process: write_file(self.run / 'bad_batch.pt', lambda f: torch.save(bad.content, f))
+            raise ValueError(f'{bad}. The batch is kept as bad_batch.pt in {self.run}; the last checkpoint is from before this epoch') from bad
+
+    def stopped(self, stop: Stopped) -> str:  # what is said
+        "Saves the epoch under way, if it has steps that no checkpoint has."
+        u = self.under_way
+        if u is not None and (u.epoch, len(u.losses)) > self.saved:
+            self.epoch = u.epoch                     # not finished: it has no line yet
+            self.save(partial=True)
+        epochs, steps = self.saved
+        return f'stopped by {stop}, saved after {epochs} epochs and {steps} steps. Go on with: ccc train --resume {self.run}'
+
+# %% ../nbs/08_training.ipynb #cd0e4757
+class Trainer(Guarded):
     "A run of 3C: the four stages of an epoch, `step` through them, `fit` all epochs, and a folder that keeps labels, numbers and weights."
     @classmethod
     def resume(cls, run,  # folder of a run
@@ -571,10 +595,6 @@ class Trainer(Kept):
     def load(self, path):
         "Continues from a checkpoint of this run."
         self.restore(read_checkpoint(path))
-
-    def say(self, text: str):
-        "Prints, on the first process alone."
-        if self.engine.is_main_process: print(text, flush=True)
 
     def fit(self,
             watch=None,  # called as watch(trainer, row) after each epoch that has been kept, on the first process
@@ -613,24 +633,6 @@ class Trainer(Kept):
         self.say(table_line(row, c.num_epochs))
         if watch and main: watch(self, row)
         self.engine.wait_for_everyone()
-
-    @contextmanager
-    def faults(self):
-        "What is kept when a run is asked to stop or comes to a step that cannot be right."
-        try: yield
-        except Stopped as stop: raise Stopped(stop.signal, self.stopped(stop)) from None
-        except BadBatch as bad:
-            if self.engine.is_main_process: write_file(self.run / 'bad_batch.pt', lambda f: torch.save(bad.content, f))
-            raise ValueError(f'{bad}. The batch is kept as bad_batch.pt in {self.run}; the last checkpoint is from before this epoch') from bad
-
-    def stopped(self, stop: Stopped) -> str:  # what is said
-        "Saves the epoch under way, if it has steps that no checkpoint has."
-        u = self.under_way
-        if u is not None and (u.epoch, len(u.losses)) > self.saved:
-            self.epoch = u.epoch                     # not finished: it has no line yet
-            self.save(partial=True)
-        epochs, steps = self.saved
-        return f'stopped by {stop}, saved after {epochs} epochs and {steps} steps. Go on with: ccc train --resume {self.run}'
 
     def closing(self) -> list:  # rows of metrics.jsonl
         "The summary and the picture of a finished run."

@@ -38,7 +38,7 @@ class NetworkSettings:
     compile: bool = False  # torch.compile for training: slow to start, fewer and larger kernels afterwards
     deterministic: bool = False  # on a GPU: only kernels that repeat themselves, where there are any; slower
 
-# %% ../nbs/08a_config.ipynb #dea7f677
+# %% ../nbs/08a_config.ipynb #d8c886d0
 @dataclass
 class LabelSettings:
     "How pseudo-labels are made."
@@ -47,6 +47,7 @@ class LabelSettings:
     cluster_min_instances: int = 4  # smaller clusters of HDC and k-means become outliers; DBSCAN's min_samples
     jaccard_k1: int = 30  # neighbours of the k-reciprocal sets, the sample itself not counted
     jaccard_k2: int = 6  # neighbours whose encodings are averaged, the sample itself counted
+    knn_index: Literal['exact', 'ivf', 'hnsw'] = 'exact'  # how neighbours are found; ivf and hnsw are FAISS's approximations for over a million images, their recall is printed
     no_jaccard: bool = False  # HDC on embedding distances in place of the Jaccard distance
     dbscan_eps: float = 0.6  # Jaccard distance within which DBSCAN sees neighbours
     hdc_init: Literal['random', 'k-means++', 'k-means++2'] = 'k-means++2'  # first centroids: any samples, k-means++ on embeddings, or on the graph

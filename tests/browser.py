@@ -61,7 +61,7 @@ def jupyterlab(root, folder, port):
     command = [sys.executable, '-m', 'jupyter', 'lab', '--allow-root', '--no-browser', f'--port={port}', '--ServerApp.port_retries=0', '--ServerApp.token=', '--ServerApp.password=',
                '--expose-app-in-browser', f'--ServerApp.root_dir={root}']
     with process(command, folder / 'lab.log', env=os.environ | own):
-        wait(lambda: read(f'http://127.0.0.1:{port}/api'), 60, 'JupyterLab')
+        wait(lambda: read(f'http://127.0.0.1:{port}/api'), 180, 'JupyterLab')
         yield f'http://127.0.0.1:{port}'
 
 
@@ -72,7 +72,7 @@ def chromium(folder, port, size=(1400, 1800)):
                '--disable-component-update', '--disable-sync', f'--user-data-dir={folder / "profile"}', f'--remote-debugging-port={port}', '--remote-allow-origins=*',
                f'--window-size={size[0]},{size[1]}', 'about:blank']
     with process(command, folder / 'chromium.log'):
-        pages = wait(lambda: [t for t in read(f'http://127.0.0.1:{port}/json') if t['type'] == 'page'], 60, 'Chromium')
+        pages = wait(lambda: [t for t in read(f'http://127.0.0.1:{port}/json') if t['type'] == 'page'], 180, 'Chromium')
         yield Page(pages[0]['webSocketDebuggerUrl'])
 
 
@@ -128,8 +128,8 @@ class Page:
     def open(self, lab, notebook):
         "Opens a notebook in JupyterLab, in a workspace of its own, all cells drawn so that they can be found."
         self.call('Page.navigate', url=f'{lab}/lab/workspaces/{Path(notebook).stem}/tree/{notebook}')
-        self.until("typeof jupyterapp !== 'undefined' && document.querySelector('.jp-Notebook .jp-Cell') !== null", 90)
-        wait(lambda: self.accept() or self.js(f"{PANEL}?.sessionContext.session?.kernel?.status === 'idle'"), 60, 'a kernel')
+        self.until("typeof jupyterapp !== 'undefined' && document.querySelector('.jp-Notebook .jp-Cell') !== null", 180)
+        wait(lambda: self.accept() or self.js(f"{PANEL}?.sessionContext.session?.kernel?.status === 'idle'"), 180, 'a kernel')
 
     def accept(self):
         "Answers the question in front of the notebook, if there is one, by its first choice."
@@ -139,5 +139,7 @@ class Page:
         "Runs every cell and returns the errors; the promise of the command is not awaited, it outlives the socket."
         self.js("(() => { jupyterapp.commands.execute('notebook:run-all-cells'); return true })()")
         cells = f"{PANEL}.content.widgets.filter(w => w.model.type === 'code' && w.model.sharedModel.source.trim())"
-        wait(lambda: self.js(f'{cells}.every(w => w.model.executionState !== "running" && w.promptNode?.textContent.match(/\\d/))'), seconds, 'all cells')
-        return self.js(f"{cells}.flatMap(w => w.model.outputs.toJSON().filter(o => o.output_type === 'error').map(o => o.ename + ': ' + o.evalue))")
+        errors = f"{cells}.flatMap(w => w.model.outputs.toJSON().filter(o => o.output_type === 'error').map(o => o.ename + ': ' + o.evalue))"
+        done = f'{errors}.length || {cells}.every(w => w.model.executionState !== "running" && w.promptNode?.textContent.match(/\\d/))'
+        wait(lambda: self.js(done), seconds, 'all cells')
+        return self.js(errors)

@@ -1,9 +1,10 @@
 "What can go wrong with a run, and what is left: killed at random and at every write, asked to stop, damaged files, full disks, impossible data."
-import errno
 import json
 import os
 import random
+import re
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -186,6 +187,28 @@ def test_asked_twice(data, tmp_path):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.parametrize('number, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_command_asked_to_stop(data, tmp_path, monkeypatch, capsys, number, code):
+    "One line, with the command that goes on, and the exit code of the signal."
+    import ccc.training
+    from ccc.cli import main
+    from ccc.experiments import command
+    monkeypatch.setattr(ccc.training, 'open_dataset', lambda config: data)
+    monkeypatch.setattr(ccc.training, 'make_network', lambda config: tiny_net())
+    real = Trainer.train_batch
+    monkeypatch.setattr(Trainer, 'train_batch', lambda t, n, batch: (signal.raise_signal(number) if (t.epoch, n) == (1, 1) else None, real(t, n, batch))[1])
+    assert main(shlex.split(command(settings(tmp_path / 'logs')))[1:]) == code
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and said[0].startswith(f'ccc train: stopped by {number.name}, saved after 1 epochs and 2 steps. Go on with: ccc train --resume ')
+    monkeypatch.undo()
+    monkeypatch.setattr(ccc.training, 'open_dataset', lambda config: data)
+    monkeypatch.setattr(ccc.training, 'make_network', lambda config: tiny_net(7))
+    assert main(shlex.split(said[0].split('Go on with: ccc ')[1])) == 0
+    whole = make(data, tmp_path / 'whole')
+    whole.fit()
+    same(next((tmp_path / 'logs').iterdir()), whole.run)
+
+
 # files
 
 @pytest.mark.parametrize('kind', ['cut', 'empty', 'bit', 'text'])
@@ -356,6 +379,14 @@ def test_a_query_without_a_match(data, tmp_path):
     t.step()
     ranking = t.evaluate()
     assert (ranking.n_query, ranking.n_valid) == (24, 23) and np.isnan(ranking.ap[0])
+
+
+def test_fault_table_names_tests_that_exist():
+    root = Path(__file__).parent.parent
+    table = (root / 'nbs/08_training.ipynb').read_text().split('| fault | what happens | shown by |')[1]
+    named = set(re.findall(r'`(?:(test_\w+\.py))?(?:::)(test_\w+)`', table))
+    assert len(named) >= 15
+    for file, test in named: assert f'def {test}(' in (root / 'tests' / (file or 'test_faults.py')).read_text(), test
 
 
 # a process that forks runs, told by lines of JSON what to do to them

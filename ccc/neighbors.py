@@ -44,7 +44,7 @@ def progress(items, name):
         elif time.monotonic() - start > 2: bar = tqdm(desc=name, total=len(items) if hasattr(items, '__len__') else None, initial=n + 1, leave=False)
     if bar is not None: bar.close()
 
-# %% ../nbs/03_neighbors.ipynb #941de541
+# %% ../nbs/03_neighbors.ipynb #a3f9f370
 def _search_faiss(x, k, index, block=8192):
     "Squared distances and ids from a FAISS index over x, built on a GPU where FAISS sees one."
     import faiss
@@ -53,7 +53,7 @@ def _search_faiss(x, k, index, block=8192):
     if index != 'hnsw' and faiss.get_num_gpus(): built = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, built)
     built.train(x)
     built.add(x)
-    if index == 'ivf': built.nprobe = max(8, lists // 32)
+    if index == 'ivf': built.nprobe = max(8, lists // 8)
     if index == 'hnsw': built.hnsw.efSearch = 4 * k
     return tuple(map(np.concatenate, zip(*[built.search(x[lo:lo + block], k) for lo in progress(range(0, len(x), block), 'neighbours')])))
 

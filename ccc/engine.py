@@ -7,9 +7,10 @@ __all__ = ['make_engine', 'from_main', 'any_process', 'progress_bar', 'arithmeti
            'settle_images', 'fetch_images', 'extract_embeddings', 'training_flops', 'measured_peak', 'speed',
            'what_varies']
 
-# %% ../nbs/08c_engine.ipynb #f00f3c7d
+# %% ../nbs/08c_engine.ipynb #313c9d23
 import copy
 import functools
+import os
 import time
 
 import numpy as np
@@ -20,11 +21,12 @@ from .backbone import forward_chunks
 from .config import Config
 from .data import normalize
 
-# %% ../nbs/08c_engine.ipynb #3eae1f13
+# %% ../nbs/08c_engine.ipynb #86a1eb20
 def make_engine(config: Config):  # `device`, `bn_chunks`, `deterministic`
     "The `accelerate.Accelerator` of this process; ValueError if the settings ask for what is not there."
     from accelerate import Accelerator
     if config.device == 'cuda' and not torch.cuda.is_available(): raise ValueError('device cuda needs a GPU that torch can see, got none')
+    if config.deterministic: os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')     # has to be there before CUDA is
     engine = Accelerator(cpu=config.device == 'cpu')
     if config.bn_chunks % engine.num_processes:
         raise ValueError(f'bn_chunks must be a multiple of the number of processes, got bn_chunks={config.bn_chunks} for {engine.num_processes} processes')

@@ -118,7 +118,7 @@ def _cluster_page(history, j, e, most=40):
     note = '' if len(shown) == len(at) else f', {len(shown)} of them shown, evenly from sure to unsure'
     return f'<div class="ccc-cluster"><b>{"outliers" if j < 0 else _name(j)} in epoch {history.epochs[e] + 1}</b>: {_count(len(at), "image")}{note}; confidence and camera underneath<br>{"".join(map(one, shown))}</div>'
 
-# %% ../nbs/05b_widgets.ipynb #afd24eba
+# %% ../nbs/05b_widgets.ipynb #5d78e151
 _LOOKS = ('cluster', 'confidence', 'camera', 'person')
 
 def _looks(history):
@@ -126,14 +126,14 @@ def _looks(history):
     return [k for k in _LOOKS if k in ('cluster', 'confidence') or (history.camids if k == 'camera' else history.pids) is not None]
 
 def _discrete(n):
-    "A plotly colour scale with the pale colour at 0 and our colours at 1..n."
-    from ccc.viz import _PALE
-    colours = [_PALE, *(_COLOURS[k % 8] for k in range(n))]
+    "A plotly colour scale with the grey of outliers at 0, the pale colour at 1 and our colours at 2..n + 1."
+    from ccc.viz import _GREY, _PALE
+    colours = [_GREY, _PALE, *(_COLOURS[k % 8] for k in range(n))]
     return [[(k + side) / len(colours), c] for k, c in enumerate(colours) for side in (0, 1)]
 
 _SYMBOLS = [0, 1, 5, 2, 6, 3, 14, 7, 13, 8, 17]       # plotly's numbers for the shapes of ccc.viz, in their order; 4, the cross, is kept for outliers
 
-# %% ../nbs/05b_widgets.ipynb #1485f474
+# %% ../nbs/05b_widgets.ipynb #39aa9769
 def _look(history, kind, e, index):
     "Colour values, marker symbols and the scale for the points `index` coloured by `kind` in epoch `e`; outliers are grey crosses whatever the kind."
     out = history.labels[e, index] < 0
@@ -146,12 +146,12 @@ def _look(history, kind, e, index):
     place = np.searchsorted(few, groups).clip(max=max(len(few) - 1, 0)) if len(few) else np.zeros(len(groups), int)
     known = np.isin(groups, few)
     symbol = np.where(known, np.array(_SYMBOLS)[place % 11], 0)
-    return dict(color=np.where(known, place + 1, 0).astype(np.float32), symbol=np.where(out, 4, symbol), colorscale=_discrete(len(few)), cmin=-.5, cmax=len(few) + .5, showscale=False)
+    return dict(color=np.where(out, 0, np.where(known, place + 2, 1)).astype(np.float32), symbol=np.where(out, 4, symbol), colorscale=_discrete(len(few)), cmin=-.5, cmax=len(few) + 1.5, showscale=False)
 
 def _marker(history, kind, e, index, size):
     "A plotly marker: `_look`, with outliers thin and grey."
     look, out = _look(history, kind, e, index), history.labels[e, index] < 0
-    return look | dict(size=np.where(out, .8 * size, size).astype(np.float32), opacity=np.where(out, .45, .9).astype(np.float32), line=dict(width=0))
+    return look | dict(size=np.where(out, .8 * size, size).astype(np.float32), opacity=np.where(out, .6, .9).astype(np.float32), line=dict(width=0))
 
 # %% ../nbs/05b_widgets.ipynb #819fe727
 def _figure_widget(history, looks, e, index, size):

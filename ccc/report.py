@@ -129,7 +129,7 @@ def _offline(exporter):
         if exporter.has_trait(name): setattr(exporter, name, '')
     return exporter
 
-# %% ../nbs/09a_report.ipynb #d4628a48
+# %% ../nbs/09a_report.ipynb #3ce1e49d
 def write_report(run,           # folder of a run
                  out=None,      # the HTML file; None: report.html in the run's folder
                  network: bool = True,  # with the pictures that need the last weights (embeds the training, query and gallery images once)
@@ -139,10 +139,9 @@ def write_report(run,           # folder of a run
     if not (run/'config.json').is_file(): raise FileNotFoundError(f'RUN must be the folder of a run with its config.json, got {run}')
     try: import nbclient, nbconvert
     except ImportError as e: raise ImportError(f"ccc report needs `pip install 'ccc-reid[notebook]'` ({e.name} is missing)") from e
-    from traitlets.config import Config
     notebook = _notebook(run, network)
     nbclient.NotebookClient(notebook, timeout=None, kernel_name='python3', store_widget_state=False, resources={'metadata': {'path': str(run)}}).execute()
-    exporter = _offline(nbconvert.HTMLExporter(config=Config(HTMLExporter=dict(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True, embed_images=True))))
+    exporter = _offline(nbconvert.HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True, embed_images=True))
     text, _ = exporter.from_notebook_node(notebook, dict(metadata=dict(name=f'{run.name} · ccc report')))
     out = Path(out) if out else run/'report.html'
     out.write_text(text, encoding='utf-8')

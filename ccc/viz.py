@@ -337,7 +337,7 @@ def _spread(n, most):
     "At most `most` of 0..n-1, evenly spread, both ends included."
     return np.unique(np.linspace(0, n - 1, min(n, most)).round().astype(int))
 
-# %% ../nbs/00_viz.ipynb #e78fcfe5
+# %% ../nbs/00_viz.ipynb #d959f233
 def _plot_curves(ax, run, names=('mAP', 'rank1', 'nmi', 'camera_nmi')):
     "The fractions among a run's metrics, each over the epochs that have it."
     lines = _read_metrics(run)
@@ -346,7 +346,7 @@ def _plot_curves(ax, run, names=('mAP', 'rank1', 'nmi', 'camera_nmi')):
         if at: ax.plot(*zip(*at), color=_COLOURS[c], marker=_MARKERS[c], markersize=4, label=name)
     if not ax.lines: return ax.text(.5, .5, 'no metrics yet', ha='center', transform=ax.transAxes)
     ax.set(xlabel='epoch', ylim=(0, 1.05))
-    ax.legend(fontsize=8, frameon=False, ncols=2)
+    ax.legend(fontsize=8, frameon=False, ncols=4, loc='lower left', bbox_to_anchor=(0, 1))     # above the curves, not on them
 
 def _plot_counts(ax, epochs):
     "Clusters and outliers over the epochs."
@@ -354,7 +354,7 @@ def _plot_counts(ax, epochs):
         ax.plot([e + 1 for e in epochs], [count(e['labels']) for e in epochs.values()], color=_COLOURS[c], marker=_MARKERS[c], markersize=4, label=name)
     ax.set(xlabel='epoch')
     ax.set_ylim(0)
-    ax.legend(fontsize=8, frameon=False)
+    ax.legend(fontsize=8, frameon=False, ncols=2, loc='lower left', bbox_to_anchor=(0, 1))
 
 # %% ../nbs/00_viz.ipynb #8cd4a0c1
 def plot_evolution(run,                 # a run folder

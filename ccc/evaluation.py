@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Ranking', 'evaluate_ranking', 'squared_distances', 'evaluate_embeddings', 'rerank', 'rerank_features']
 
-# %% ../nbs/07_evaluation.ipynb #9ed6c4a6
+# %% ../nbs/07_evaluation.ipynb #2175b2ae
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from . import _evaluation_kernels as kernels
 from . import _neighbors_kernels as neighbor_kernels
-from .neighbors import encode, knn
+from .neighbors import encode, knn, progress
 
 # %% ../nbs/07_evaluation.ipynb #ab5ee962
 @dataclass(frozen=True)
@@ -118,11 +118,11 @@ def evaluate_embeddings(
              (_reranked_blocks(q, g, block=block, n_threads=n_threads) if rerank else _distance_blocks(q, g, block))]
     return _summarise(*map(np.concatenate, zip(*parts)), max_rank)
 
-# %% ../nbs/07_evaluation.ipynb #761e3f19
+# %% ../nbs/07_evaluation.ipynb #2b8d6ac1
 def _distance_blocks(q, g, block):
     "Slices of queries with their distances to the gallery."
     if block < 1: raise ValueError(f'block must be 1 or more queries; got {block}')
-    for begin in range(0, len(q), block):
+    for begin in progress(range(0, len(q), block), 'ranking'):
         rows = slice(begin, min(begin + block, len(q)))
         yield rows, np.ascontiguousarray(_array(squared_distances(q[rows], g)), np.float32)
 

@@ -290,7 +290,7 @@ def _animation_panels(history):
         panels.append((lambda e, name=name, v=v: f'{name}: {len(np.unique(v[v >= 0]))}' + _few(v), [_paint(v, _coloured(v))] * len(labels)))
     return panels
 
-# %% ../nbs/05a_evolution.ipynb #3059eceb
+# %% ../nbs/05a_evolution.ipynb #c357e556
 def _stage(history, panels, width):
     "The figure of the animation: for each panel a cloud of dots, one of crosses, and a title."
     from matplotlib.figure import Figure
@@ -307,17 +307,17 @@ def _stage(history, panels, width):
 def _frame(fig, clouds, panels, history, e, at, captions):
     "One picture: epoch `e`'s colours at the places `at` (M, 2)."
     from PIL import Image
-    out = history.labels[e][history.index] < 0
+    out, scale = history.labels[e][history.index] < 0, min(1, fig.get_figwidth() / 5.2)    # a narrow film has small letters, not cut ones
     for (ax, crosses, dots), (title, colours) in zip(clouds, panels):
         crosses.set_offsets(at[out])
         dots.set_offsets(at[~out])
         dots.set_facecolors(colours[e][~out])
-        ax.set_title(title(e), fontsize=9)
-    fig.suptitle(captions[e], fontsize=10, family='monospace')
+        ax.set_title(title(e), fontsize=9 * scale)
+    fig.suptitle(captions[e], fontsize=10 * scale, family='monospace')
     fig.canvas.draw()
     return Image.fromarray(np.asarray(fig.canvas.buffer_rgba())[..., :3])
 
-# %% ../nbs/05a_evolution.ipynb #8d0d203e
+# %% ../nbs/05a_evolution.ipynb #b2e1d06b
 def animate_evolution(history: History,   # with maps
                       between: int = 3,   # pictures between two epochs
                       width: int = 640,   # pixels
@@ -329,7 +329,7 @@ def animate_evolution(history: History,   # with maps
     fig, clouds = _stage(history, panels, width)
     FigureCanvasAgg(fig)
     signs, frames, seconds = label_signs(history), [], []
-    say = lambda e: [f'epoch {history.epochs[e] + 1:2d}', *(f'NMI with {name} {signs[key][e]:.2f}' for key, name in [('nmi', 'people'), ('camera_nmi', 'cameras')] if key in signs)]
+    say = lambda e: [f'epoch {history.epochs[e] + 1:2d}', *(f'{name} {signs[key][e]:.2f}' for key, name in [('nmi', 'NMI: people'), ('camera_nmi', 'cameras')] if key in signs)]
     captions = ['   '.join(say(e)) + _sample_note(history) for e in range(len(maps))]
     for e in range(len(maps)):
         for k in range(between + 1 if e else 1):

@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['lift', 'finish', 'CentroidDistances', 'assign', 'cluster_means']
 
-# %% ../nbs/04b_hdc_torch.ipynb #6f4f8b86
+# %% ../nbs/04b_hdc_torch.ipynb #accec336
 import numpy as np
 import torch
 
 from ._neighbors_torch import entries, exact_products, row_blocks
+from .hdc import ALPHA
 
-# %% ../nbs/04b_hdc_torch.ipynb #974ec0d5
-def lift(x, metric, alpha=1.9):  # (N, D) -> (N, 2 D) or (N, D)
+# %% ../nbs/04b_hdc_torch.ipynb #b7e64f39
+def lift(x, metric):  # (N, D) -> (N, 2 D) or (N, D)
     "Coordinates in which the metric is a sum over squared differences."
     if metric == 'euclidean': return x
     if metric == 'cosine': return torch.nn.functional.normalize(x, dim=1)
-    angles = alpha * np.pi * x
+    angles = ALPHA * np.pi * x
     return torch.cat([angles.cos(), angles.sin()], 1) / 2 ** .5
 
 def finish(z, metric):  # (n, D or 2 D) differences -> (n,)

@@ -33,7 +33,7 @@ setup(
     author=config['author'], author_email=config['author_email'], url=config['git_url'], keywords=config['keywords'],
     license='Apache-2.0', python_requires='>=' + config['min_python'],
     long_description=(ROOT / 'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
-    packages=find_packages(include=['ccc', 'ccc.*']), package_data={'ccc': ['report.ipynb']}, zip_safe=False,
+    packages=find_packages(include=['ccc', 'ccc.*']), package_data={'ccc': ['report.ipynb', 'city.npz']}, zip_safe=False,
     install_requires=lines('requirements'),
     extras_require={extra: lines(f'{extra}_requirements') for extra in ('dev', 'timm', 'track', 'tables', 'export', 'notebook')},
     entry_points={'console_scripts': lines('console_scripts'), 'nbdev': ['ccc=ccc._modidx:d']},

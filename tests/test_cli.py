@@ -1,12 +1,14 @@
 "The command line: options under their published names, errors of one line, small commands end to end."
+import csv
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from ccc.cli import main, read_options, train_options
-from ccc.config import Config
+from ccc.config import Config, changes
 from ccc.experiments import recipe
 
 PUBLISHED = '''dataset root-dir arch resnet-pretrained pooling-type height width batch-size num-instances num-workers iters num-epochs seed notes cm-mode cm-temperature cm-momentum
@@ -21,9 +23,40 @@ def shell(*args, **env):
     return subprocess.run([sys.executable, '-m', 'ccc', *args], capture_output=True, text=True, env=os.environ | env, timeout=120)
 
 
+with (Path(__file__).parent / 'published_options.csv').open() as table: TABLE = {row['option']: row for row in csv.DictReader(table)}
+EXAMPLES = dict(integer=('64', 64), number=('0.25', .25), text=("it's here", "it's here"), flag=(None, True))
+
+
+def published_values(option):
+    "(word on the command line or None for a flag, what the setting then is) of every published value; one example where any number or text will do."
+    told = TABLE[option]['values']
+    return [EXAMPLES[told]] if told in EXAMPLES else [(v, v) for v in (part.split(': ')[0] for part in told.split(' | '))]
+
+
+def test_the_table_has_every_published_option_and_default():
+    assert TABLE.keys() == set(PUBLISHED) and len(PUBLISHED) == 49
+    for option, row in TABLE.items():
+        here = getattr(Config(), option.replace('-', '_'))
+        told = {'off': False, 'none': None if option == 'threshold' else 'none'}.get(row['default'], row['default'])
+        assert (float(told) if type(here) in (int, float) else told) == here, option
+    assert sum(len(published_values(o)) for o in PUBLISHED) == 66
+
+
 @pytest.mark.parametrize('option', PUBLISHED)
-def test_published_options_are_settings(option):
-    assert hasattr(Config(), option.replace('-', '_'))
+@pytest.mark.parametrize('form', ['hyphens', 'underscores'])
+def test_every_published_value_is_accepted(option, form):
+    name = option.replace('-', '_')
+    for word, value in published_values(option):
+        said = [f'--{option if form == "hyphens" else name}', *([] if word is None else [word])]
+        start = [] if option == 'dataset' else ['--dataset', 'market1501']
+        config = train_options([*start, *said]).config
+        assert getattr(config, name) == value and type(getattr(config, name)) is type(value) and changes(config) == ({} if value == getattr(Config(), name) else {name: value})
+
+
+def test_all_published_options_together():
+    words = [w for option in PUBLISHED for w in (f'--{option}', *([published_values(option)[-1][0]] if TABLE[option]['values'] != 'flag' else []))]
+    config = train_options(words).config
+    assert all(getattr(config, o.replace('-', '_')) == published_values(o)[-1][1] for o in PUBLISHED)
 
 
 def test_where_options_start_from():

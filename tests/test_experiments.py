@@ -1,11 +1,13 @@
 "Recipes against the published table of settings, and commands that lead back to them."
 import shlex
-from dataclasses import replace
+import subprocess
+import sys
+from dataclasses import asdict, replace
 
 import pytest
 
 from ccc.cli import train_options
-from ccc.config import Config, changes
+from ccc.config import Config, changes, deciding
 from ccc.experiments import RECIPES, command, recipe, start
 
 PUBLISHED = {  # dataset: height, width, K, iterations
@@ -34,6 +36,52 @@ def test_published_defaults():
     assert (c.warmup_factor, c.warmup_version, c.warmup_lr_factor, c.eval_start_epoch, c.eval_dist, c.ckpt_dir, c.log_dir, c.notes) == (.1, 'v1', 1, 0, 'none', 'ckpt', 'logs', '')
     flags = 'loss_with_camera no_cam no_jaccard hdc_outlier hdc_centroids hdc_normalize warmup_with_dbscan eval_and_ckpt rerank'.split()
     assert not any(getattr(c, f) for f in flags)
+
+
+# The commands of the method's README, put together from the settings it publishes (its text is not in this repository). A pasted line keeps the variable before it: that is the shell's.
+MARKET = """CUDA_VISIBLE_DEVICES=0,1 python CCC/main.py --dataset market1501 --arch resnet50 --resnet-pretrained V1 --pooling-type gem --height 256 --width 128 --batch-size 256
+    --num-instances 16 --iters 200 --num-epochs 60 --cm-mode hd_camera --loss-with-camera --num-clusters 750 --hdc-init k-means++2 --hdc-outlier --hdc-centroids --warmup-with-dbscan"""
+MSMT = """CUDA_VISIBLE_DEVICES=0,1 python CCC/main.py --dataset msmt17 --iters 400 --num-epochs 60 --loss-with-camera --num-clusters 1000 --hdc-outlier --hdc-centroids --warmup-with-dbscan"""
+VERI = """CUDA_VISIBLE_DEVICES=0,1 python CCC/main.py --dataset veri --height 224 --width 224 --iters 400 --num-epochs 60 --loss-with-camera --num-clusters 1000 --hdc-outlier
+    --hdc-centroids --warmup-with-dbscan"""
+PASTED = {'market1501-hdc': MARKET, 'msmt17-hdc': MSMT, 'veri-hdc': VERI, 'veri-hdc-script': VERI.replace(' --hdc-outlier', '')} | {
+    f'{dataset}-{clustering}': line.replace('CCC/main.py', f'CCC/main_{clustering}.py')
+    for dataset, line in [('market1501', MARKET), ('msmt17', MSMT), ('veri', VERI)] for clustering in ('dbscan', 'kmeans')}
+
+
+def ours(line):
+    "The pasted line as the issue says: `ccc train` for the program, the two other programs as an option."
+    line = line.replace('python CCC/main.py', 'ccc train')
+    for clustering in ('dbscan', 'kmeans'): line = line.replace(f'python CCC/main_{clustering}.py', f'ccc train --clustering {clustering}')
+    return line
+
+
+@pytest.mark.parametrize('name', PASTED)
+def test_a_published_command_is_its_recipe(name):
+    variable, program, command, *options = shlex.split(ours(PASTED[name]))
+    assert (variable, program, command) == ('CUDA_VISIBLE_DEVICES=0,1', 'ccc', 'train')
+    pasted = train_options(options).config
+    assert asdict(pasted) | dict(recipe=name) == asdict(recipe(name))
+    assert (name == 'veri-hdc-script') == (not pasted.hdc_outlier)
+
+
+def test_the_pasted_commands_are_all_the_benchmark_recipes():
+    assert PASTED.keys() == RECIPES.keys() - {'city'} and len({str(recipe(n)) for n in PASTED}) == 10
+
+
+@pytest.mark.parametrize('clustering', ['dbscan', 'kmeans'])
+def test_options_of_hdc_may_be_left_out_where_there_is_no_hdc(clustering):
+    "The other two programs may have been called without them: what is trained is the same."
+    idle = 'hdc_outlier', 'hdc_centroids'
+    line = ours(PASTED[f'msmt17-{clustering}']).replace(' --hdc-outlier', '').replace(' --hdc-centroids', '')
+    assert deciding(train_options(shlex.split(line)[3:]).config, idle) == deciding(recipe(f'msmt17-{clustering}'), idle)
+
+
+def test_a_published_command_in_a_shell():
+    "Word for word through a real shell, its variable before it; `--print-config` in place of hours of training."
+    line = ours(VERI).replace('\n', ' \\\n').replace('ccc train', f'{shlex.quote(sys.executable)} -m ccc train')
+    said = subprocess.run(line + ' --print-config', shell=True, capture_output=True, text=True, check=True).stdout
+    assert said.splitlines()[-1] == command(recipe('veri-hdc'))
 
 
 @pytest.mark.parametrize('name', RECIPES)

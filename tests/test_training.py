@@ -130,13 +130,90 @@ def test_step_is_the_four_calls(data, tmp_path):
     assert not (tmp_path / 'logs').exists()
 
 
-def test_identities_are_never_read_in_training(data, tmp_path):
-    "Shuffled, and the same network comes out."
-    other = replace(data, train=replace(data.train, pids=np.random.default_rng(0).permutation(data.train.pids)))
-    a, b = make(data, tmp_path), make(other, tmp_path)
-    for _ in range(3): first, second = a.step(), b.step()
-    assert first['loss'] == second['loss'] and first['nmi'] != second['nmi']
-    for u, v in zip(a.net.state_dict().values(), b.net.state_dict().values()): assert torch.equal(u, v)
+class Touched(AssertionError):
+    "Somebody looked at an identity."
+
+
+def refuse(*args, **kwargs): raise Touched('an identity was read')
+
+
+class Untouchable:
+    "In the place of identities: any way of reading it raises."
+
+
+for way in ('__array__ __getattr__ __getitem__ __iter__ __len__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__ __add__ __sub__ __mul__ __neg__ __bool__ __int__ __index__ __hash__ '
+            '__contains__ __repr__ __str__ __reduce_ex__ __copy__ __deepcopy__').split(): setattr(Untouchable, way, refuse)
+POISON = {'shuffled': lambda pids: np.random.default_rng(0).permutation(pids), 'unknown': lambda pids: np.full_like(pids, -1), 'untouchable': lambda pids: Untouchable()}
+METHODS = {'hdc': dict(warmup_iters=1), 'dbscan': dict(clustering='dbscan', dbscan_eps=.7), 'kmeans': dict(clustering='kmeans', warmup_iters=1)}
+
+
+def nameless(split, folder):
+    "The same images in the same order, under file names that tell nothing."
+    folder.mkdir(exist_ok=True)
+    paths = [folder / f'{i:04d}.png' for i in range(len(split))]
+    for old, new in zip(split.paths, paths): new.write_bytes(Path(old).read_bytes())
+    return replace(split, paths=np.array([str(p) for p in paths]))
+
+
+class Watched(Trainer):
+    "Keeps every batch it is given."
+    def train_batch(self, step, batch):
+        self.batches = [*getattr(self, 'batches', []), batch]
+        return super().train_batch(step, batch)
+
+
+def two_epochs(dataset, settings):
+    "What training leaves: labels, losses and centroids of each epoch, all batches, the weights; and the trainer."
+    trainer, left = Watched(Config(**SETTINGS | settings), dataset, tiny_net()), []
+    for _ in range(2):
+        trainer.x = trainer.extract()
+        labels = trainer.make_labels(trainer.x)
+        row = trainer.train_epoch(labels)
+        left += [trainer.x, labels.labels, labels.confidence, labels.centroids, np.array(row['loss']), trainer.memory.centroids.numpy()]
+    return left + trainer.batches + [w.numpy() for w in trainer.net.state_dict().values()], trainer
+
+
+@pytest.mark.parametrize('poison', POISON)
+@pytest.mark.parametrize('method', METHODS)
+def test_identities_are_never_read_in_training(data, tmp_path, method, poison):
+    "Other identities, none, or such as raise when looked at, under file names without them: labels, batches and weights are the same to the bit."
+    poisoned = replace(data, **{part: replace(nameless(getattr(data, part), tmp_path / part), pids=POISON[poison](getattr(data, part).pids)) for part in ('train', 'query', 'gallery')})
+    (left, trainer), (other, watched) = two_epochs(data, METHODS[method]), two_epochs(poisoned, METHODS[method])
+    assert len(left) == len(other) > 2 * 6 + 2 * 3 and not np.array_equal(left[0], left[6])     # the embeddings have moved
+    for a, b in zip(left, other): np.testing.assert_array_equal(a, b)
+    # the poison is in place, where the reports read it
+    assert watched.dataset.train is poisoned.train
+    told = trainer.describe_labels()
+    if poison == 'untouchable':
+        with pytest.raises(Touched): watched.describe_labels()
+        with pytest.raises(Touched): watched.evaluate()
+        return
+    changed = watched.describe_labels()
+    if poison == 'unknown': assert 'nmi' in told and 'nmi' not in changed
+    else: assert told['nmi'] != changed['nmi'] and trainer.evaluate().mAP != watched.evaluate().mAP
+    assert all(changed[k] == told[k] for k in changed if k not in ('nmi', 'ari', 'purity'))
+
+
+def test_a_label_maker_that_peeks_is_caught(data, monkeypatch):
+    "The test above can fail: with a label maker that looks at identities, it would."
+    monkeypatch.setattr(Trainer, 'make_labels', lambda self, x: true_labels(self.dataset))
+    shuffled = replace(data, train=replace(data.train, pids=POISON['shuffled'](data.train.pids)))
+    (left, _), (other, _) = two_epochs(data, METHODS['hdc']), two_epochs(shuffled, METHODS['hdc'])
+    assert not np.array_equal(left[1], other[1]) and not np.array_equal(left[6], other[6])     # labels of the first epoch, embeddings of the second
+    with pytest.raises(Touched): two_epochs(replace(data, train=replace(data.train, pids=Untouchable())), METHODS['hdc'])
+
+
+def test_a_whole_run_without_identities_keeps_the_same_files(data, tmp_path):
+    "`fit` on a data set that knows no identity of its training images: the same labels and weights on disk, no NMI."
+    unknown = replace(data, train=replace(data.train, pids=np.full_like(data.train.pids, -1)))
+    a, b = make(data, tmp_path / 'a'), make(unknown, tmp_path / 'b')
+    told, without = a.fit(), b.fit()
+    for e in range(4):
+        one, other = (np.load(t.run / f'labels/epoch_{e:03d}.npz') for t in (a, b))
+        for k in ('labels', 'confidence'): np.testing.assert_array_equal(one[k], other[k])
+    one, other = (read_checkpoint(checkpoints(t.checkpoint_dir)[-1])['network'] for t in (a, b))
+    assert all(torch.equal(one[k], other[k]) for k in one)
+    assert all('nmi' in r and 'nmi' not in s and r['loss'] == s['loss'] and r.get('mAP') == s.get('mAP') for r, s in zip(told, without))
 
 
 def test_warm_up_then_method(data, tmp_path, monkeypatch):

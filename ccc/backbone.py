@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RESNETS', 'POOLINGS', 'resnet_trunk', 'InstanceBatchNorm', 'use_instance_norm', 'GeM', 'Average', 'Backbone',
-           'WeightReport', 'read_weights', 'load_weights', 'build_backbone', 'forward_chunks']
+           'WeightReport', 'read_weights', 'load_weights', 'small_trunk', 'build_backbone', 'forward_chunks']
 
 # %% ../nbs/02_backbone.ipynb #d3a168ac
 import logging
@@ -222,9 +222,17 @@ def _timm_trunk(name, pretrained):
     trunk = timm.create_model(name, pretrained=pretrained, num_classes=0, global_pool='')
     return trunk, trunk.num_features
 
-# %% ../nbs/02_backbone.ipynb #bc478845
+# %% ../nbs/02_backbone.ipynb #efad6ad8
+def small_trunk(
+    widths: tuple = (32, 64, 128, 256),  # channels after each convolution
+) -> nn.Sequential:                      # (B, 3, H, W) -> (B, 256, H/16, W/16), randomly filled
+    "Four convolutions of stride 2 with batch norm and ReLU."
+    layers = zip((3, *widths), widths)
+    return nn.Sequential(*(m for i, o in layers for m in (nn.Conv2d(i, o, 3, 2, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())))
+
+# %% ../nbs/02_backbone.ipynb #fe69a502
 def build_backbone(
-    arch: str = 'resnet50',            # resnet18 | resnet50 | resnet101 | resnet_ibn50a | resnet_ibn101a | timm:<name>
+    arch: str = 'resnet50',            # small | resnet18 | resnet50 | resnet101 | resnet_ibn50a | resnet_ibn101a | timm:<name>
     weights: str | Path | None = 'V1', # 'V1' | 'V2' | 'efficientnet-lite0' | None (random) | a .safetensors or torch file
     pooling: str = 'gem',              # 'gem' | 'avg'
 ) -> Backbone:                         # float images (B, 3, H, W), ImageNet-normalised -> unit-norm (B, dim); `.dim`, `.report`
@@ -234,7 +242,8 @@ def build_backbone(
     elif arch in RESNETS:
         trunk = resnet_trunk(arch)
         dim = trunk.layer4[-1].get_submodule('conv2' if arch == 'resnet18' else 'conv3').out_channels
-    else: raise ValueError(f"arch must be one of {list(RESNETS)} or 'timm:<name>'; got {arch!r}")
+    elif arch == 'small': trunk, dim = small_trunk(), 256
+    else: raise ValueError(f"arch must be one of {['small', *RESNETS]} or 'timm:<name>'; got {arch!r}")
     net = Backbone(trunk, POOLINGS[pooling](), dim)
     if weights is not None and not (arch.startswith('timm:') and weights == 'V1'):
         logging.getLogger(__name__).info(load_weights(net, _find_weights(arch, weights), Path(weights).name))

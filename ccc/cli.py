@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'starting_point', 'read_options', 'TrainOptions', 'train_options', 'print_config', 'train',
            'EvaluateOptions', 'evaluate', 'explain', 'LabelOptions', 'label', 'SearchOptions', 'search',
-           'ExportOptions', 'export', 'DataOptions', 'data', 'ReportOptions', 'report', 'usage', 'main']
+           'ExportOptions', 'export', 'DataOptions', 'data', 'ReportOptions', 'report', 'AblateOptions', 'ablate',
+           'usage', 'main']
 
 # %% ../nbs/10_cli.ipynb #3bd99261
 import argparse
@@ -23,14 +24,17 @@ from .config import Config, changes
 from .experiments import RECIPES, command, recipe, start
 from .folder import TABLES, check_images
 
-# %% ../nbs/10_cli.ipynb #9861e760
+# %% ../nbs/10_cli.ipynb #a0afb3a0
+def _named(option, args, otherwise):
+    "The value of one option among the words, before all others are read."
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument(f'--{option}', nargs='?')
+    return getattr(first.parse_known_args(args)[0], option) or otherwise
+
 def starting_point(args: list) -> Config:  # words after `ccc train`
     "The settings that the other options change: `--recipe`'s, the city's, or the published defaults."
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument('--recipe', nargs='?')
-    first.add_argument('--dataset', nargs='?', default='city')
-    named, _ = first.parse_known_args(args)
-    return recipe(named.recipe) if named.recipe else start(named.dataset or 'city')
+    named = _named('recipe', args, '')
+    return recipe(named) if named else start(_named('dataset', args, 'city'))
 
 # %% ../nbs/10_cli.ipynb #5f31fd64
 def _one_line(box):
@@ -225,8 +229,31 @@ def report(args: list):  # words after `ccc report`
     from ccc.report import write_report
     print(f'written: {write_report(options.run, options.out, options.network)}')
 
-# %% ../nbs/10_cli.ipynb #b1114b25
-COMMANDS = dict(train=train, evaluate=evaluate, report=report, label=label, search=search, export=export, data=data)
+# %% ../nbs/10_cli.ipynb #822b9841
+@dataclass
+class AblateOptions:
+    "Run what is missing of a study of the paper and print its table. --dataset names the data (bare: the rendered city); other options of `ccc train` change what all rows start from."
+    study: Literal['clusterers', 'rules', 'backbones', 'clusters', 'all']  # which
+    config: Config  # settings of all rows; --seed is the first seed
+    seeds: int = 3  # runs of each row
+    jobs: int | None = None  # runs at a time; none: one for each GPU, or one
+    dry_run: bool = False  # only say what is missing, what is cached and how long it will take
+
+def ablate(args: list):  # words after `ccc ablate`
+    "run the paper's studies: what is missing, then the table"
+    import tyro
+    from ccc.studies import STUDIES, ablate, outlook, plan, results, study_base, study_configs, study_table
+    start_from = AblateOptions(tyro.MISSING, study_base(_named('dataset', args, 'city')))
+    o = read_options(tyro.conf.PositionalRequiredArgs[tyro.conf.OmitArgPrefixes[AblateOptions]], args, 'ccc ablate', start_from)
+    if o.seeds < 1 or (o.jobs or 1) < 1: raise ValueError(f'seeds and jobs must be at least 1, got {o.seeds} and {o.jobs}')
+    configs, folder = study_configs(o.study, o.config, o.seeds), Path(o.config.log_dir).expanduser() / f'ablate-{o.config.dataset}'
+    if o.dry_run: return print(outlook(plan(configs, o.config, folder), folder, o.jobs))
+    left_out, found = ablate(configs, o.config, folder, o.jobs), results(folder)
+    for name in STUDIES if o.study == 'all' else [o.study]: print('', *study_table(name, o.config, found), sep='\n')
+    if left_out: print(f'{len(left_out)} runs are left out: blank above, or with fewer seeds')
+
+# %% ../nbs/10_cli.ipynb #4d94a9a8
+COMMANDS = dict(train=train, ablate=ablate, evaluate=evaluate, report=report, label=label, search=search, export=export, data=data)
 
 def usage() -> str:
     "The text of `ccc --help`."

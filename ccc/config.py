@@ -25,11 +25,11 @@ class DataSettings:
     image_store: Literal['auto', 'device', 'host'] = 'auto'  # where decoded images live; auto: on the GPU when they fit in half of its free memory
     image_cache: str = 'auto'  # folder of decoded images on disk; auto: the user's cache; none: nowhere
 
-# %% ../nbs/08a_config.ipynb #6b8f630f
+# %% ../nbs/08a_config.ipynb #3cfba751
 @dataclass
 class NetworkSettings:
     "The network, and the arithmetic it is trained in."
-    arch: str = 'resnet50'  # resnet18, resnet50, resnet101, resnet_ibn50a, resnet_ibn101a or timm:<name>
+    arch: str = 'resnet50'  # small, resnet18, resnet50, resnet101, resnet_ibn50a, resnet_ibn101a or timm:<name>
     resnet_pretrained: str = 'V1'  # ImageNet weights V1 or V2, none, or the path of a weight file
     pooling_type: Literal['gem', 'avg'] = 'gem'  # generalised mean (power learnt from 3) or plain average
     bn_chunks: int = 2  # batch statistics over this many contiguous parts of a batch; the published runs: 2 GPUs, 128 images each
@@ -126,11 +126,11 @@ def check_types(config: Config):
             fits = isinstance(value, (*types, int) if float in types else types) and (bool in types or not isinstance(value, bool))
         if not fits: raise ValueError(f'{name} must be {wanted}, got {value!r}')
 
-# %% ../nbs/08a_config.ipynb #e6079dad
+# %% ../nbs/08a_config.ipynb #20fb4bd2
 _positive = ('height width num_workers bn_chunks num_clusters cluster_min_instances jaccard_k1 jaccard_k2 hdc_max_iter cm_temperature batch_size '
              'num_instances iters num_epochs lr lr_steps eval_step_epoch').split()
 _not_negative = 'pad lr_weight_decay lr_gamma warmup_iters warmup_factor warmup_lr_factor eval_start_epoch seed'.split()
-_archs = 'resnet18 resnet50 resnet101 resnet_ibn50a resnet_ibn101a'.split()
+_archs = 'small resnet18 resnet50 resnet101 resnet_ibn50a resnet_ibn101a'.split()
 _rules = [
     ('batch_size must be a multiple of num_instances', ('batch_size', 'num_instances'), lambda b, n: b % n == 0),
     ('batch_size must be a multiple of bn_chunks', ('batch_size', 'bn_chunks'), lambda b, c: b % c == 0),

@@ -2,11 +2,15 @@
 import importlib.util
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 
 import ccc
 
+# Drawn examples are the same in every run, here and in CI, and nothing is kept between runs.
+hypothesis.settings.register_profile('same', deadline=None, derandomize=True, database=None, max_examples=25)
+hypothesis.settings.load_profile('same')
 GOLDEN = Path(__file__).parent / 'golden'
 
 

@@ -2,6 +2,7 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import assume, given, settings, strategies as st
 from sklearn.metrics import average_precision_score
 
 from ccc import evaluation, neighbors
@@ -166,3 +167,75 @@ def test_half_precision_embeddings():
     q, g, ids = toy()
     low = evaluate_embeddings(torch.tensor(q).bfloat16(), torch.tensor(g).bfloat16(), *ids)
     assert abs(low.mAP - evaluate_embeddings(q, g, *ids).mAP) < .05
+
+
+# properties, on drawn examples: any number of people, cameras and ties
+
+@st.composite
+def rankings(draw):
+    "A table of distances with its people and cameras, in which at least one query has a match."
+    case = random_case(draw(st.integers(0, 10**6)), draw(st.integers(1, 8)), draw(st.integers(1, 60)), draw(st.sampled_from([None, 30, 3, 1])), draw(st.integers(1, 12)))
+    distmat, q_pids, g_pids, q_camids, g_camids = case
+    assume(((q_pids[:, None] == g_pids) & (q_camids[:, None] != g_camids)).any())
+    return case
+
+
+def same(a, b):
+    "Equal, query by query and to the bit."
+    for name in ('ap', 'first_rank', 'inp', 'cmc'): np.testing.assert_array_equal(getattr(a, name), getattr(b, name), name)
+    assert (a.mAP, a.mINP, a.n_valid) == (b.mAP, b.mINP, b.n_valid)
+
+
+@settings(max_examples=100)
+@given(case=rankings())
+def test_any_ranking_is_the_slow_one(case):
+    check(evaluate_ranking(*case), reference(*case))
+
+
+@settings(max_examples=60)
+@given(case=rankings(), seed=st.integers(0, 10**6))
+def test_a_ranking_does_not_know_order_or_names(case, seed):
+    "The gallery in another order, people and cameras under other numbers, distances on another scale: the same to the bit, ties included."
+    (distmat, q_pids, g_pids, q_camids, g_camids), rng = case, np.random.default_rng(seed)
+    told, p = evaluate_ranking(*case), rng.permutation(len(g_pids))
+    same(told, evaluate_ranking(distmat[:, p], q_pids, g_pids[p], q_camids, g_camids[p]))
+    people, cameras = rng.permutation(100) - 50, rng.permutation(9)
+    same(told, evaluate_ranking(distmat, people[q_pids], people[g_pids], cameras[q_camids], cameras[g_camids]))
+    same(told, evaluate_ranking(8 * distmat, *case[1:]))
+    order = rng.permutation(len(q_pids))
+    shuffled = evaluate_ranking(distmat[order], q_pids[order], g_pids, q_camids[order], g_camids)
+    np.testing.assert_array_equal(shuffled.ap, told.ap[order])
+    np.testing.assert_array_equal(shuffled.first_rank, told.first_rank[order])
+    assert shuffled.mAP == pytest.approx(told.mAP, abs=1e-12)
+
+
+@settings(max_examples=60)
+@given(case=rankings(), seed=st.integers(0, 10**6))
+def test_what_more_images_in_the_gallery_do(case, seed):
+    "The query's person in the query's camera: nothing. A stranger nearer than all: every rank one lower. A copy of a stranger: never better."
+    (distmat, q_pids, g_pids, q_camids, g_camids), rng = case, np.random.default_rng(seed)
+    i = rng.integers(len(q_pids))
+    valid = evaluate_ranking(*case).first_rank[i] > 0
+    assume(valid)
+    one = lambda d, pids, cams: evaluate_ranking(d[None].astype(np.float32), q_pids[[i]], pids, q_camids[[i]], cams)
+    told = one(distmat[i], g_pids, g_camids)
+    same(told, one(np.append(distmat[i], rng.random()), np.append(g_pids, q_pids[i]), np.append(g_camids, q_camids[i])))
+    nearer = one(np.append(distmat[i], -1), np.append(g_pids, 99), np.append(g_camids, 0))
+    assert nearer.first_rank[0] == told.first_rank[0] + 1 and nearer.mAP < told.mAP
+    strangers = np.flatnonzero(g_pids != q_pids[i])
+    assume(len(strangers))
+    twice = np.append(np.arange(len(g_pids)), rng.choice(strangers))
+    copied = one(distmat[i][twice], g_pids[twice], g_camids[twice])
+    assert copied.mAP <= told.mAP and copied.mINP <= told.mINP and copied.first_rank[0] >= told.first_rank[0]
+
+
+@given(seed=st.integers(0, 10**6), n_q=st.integers(2, 6), n_g=st.integers(10, 30))
+def test_reranking_does_not_know_order(seed, n_q, n_g):
+    "Queries and gallery in other orders: the same distances between the same images."
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(n_q + n_g, 5)).astype(np.float32)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    d = np.sort(np.square(x[:, None].astype(float) - x[None]).sum(2), axis=1)
+    assume(np.diff(d, axis=1).min() > 1e-6)
+    q, g, p, o = x[:n_q], x[n_q:], rng.permutation(n_g), rng.permutation(n_q)
+    np.testing.assert_allclose(rerank_features(q[o], g[p], 5, 3), rerank_features(q, g, 5, 3)[np.ix_(o, p)], atol=2e-6)

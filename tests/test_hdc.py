@@ -1,12 +1,16 @@
 "HDC: golden runs round by round, both ways; the start, empty clusters, copies, ties, K near N."
+from unittest import mock
+
 import numpy as np
 import pytest
 from conftest import golden
+from hypothesis import assume, given, settings, strategies as st
+from scipy.sparse import csr_array
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from ccc import hdc
 from ccc.hdc import HDC, METRICS, CentroidDistances, hdc_rounds, nearest_start, pairwise_distance
-from ccc.neighbors import jaccard_distance
+from ccc.neighbors import jaccard_distance, to_dense
 
 CASES = {'jaccard_eulercosine': {}, 'jaccard_cosine': dict(metric='cosine'), 'jaccard_euclidean': dict(metric='euclidean'),
          'jaccard_eulercosine_fixed_threshold': dict(threshold=0.5), 'jaccard_eulercosine_normalized': dict(normalize_centroids=True),
@@ -141,10 +145,115 @@ def test_largest_distance_is_exact_while_columns_are_skipped():
         if metric == 'euclidean': assert distances.n_columns < 5 * 200 and distances.n_pairs < 300 * 200 / 10   # Euler's bound is loose where coordinates are not small
 
 
-def test_permuting_samples_permutes_labels():
-    g = golden_case('jaccard_eulercosine')
-    x, order = g['features'], np.random.default_rng(1).permutation(len(g['features']))
-    graph = jaccard_distance(x)
-    plain = HDC(25, init=g['init_indices'], max_iter=5).fit(x, graph=graph)
-    shuffled = HDC(25, init=np.argsort(order)[g['init_indices']], max_iter=5).fit(x[order], graph=jaccard_distance(x[order]))
-    assert (plain.labels_[order] == shuffled.labels_).mean() > .99
+# properties, on drawn examples
+
+def exact_points(seed, n, d=6):
+    "Points whose coordinates are small multiples of 1/64: sums of any order are exact, so permuted samples have the same means to the bit."
+    rng = np.random.default_rng(seed)
+    centres = rng.integers(-24, 25, (max(2, n // 8), d))
+    return ((centres[rng.integers(0, len(centres), n)] + rng.integers(-8, 9, (n, d))) / 64).astype(np.float32)
+
+
+def graph_of_points(seed, x):
+    "Their Jaccard graph, each distance shortened by a little of its own: a minimum of the same weight makes equal distances where it is the smaller on both sides, and ties are for other tests."
+    rng = np.random.default_rng(seed)
+    dense = to_dense(jaccard_distance(x + 1e-3 * rng.normal(size=x.shape).astype(np.float32), min(8, len(x) - 1), 3))
+    shorter = np.triu(rng.uniform(.9, 1, dense.shape), 1).astype(np.float32)
+    return hdc.as_graph(np.where(dense < 1, dense * (shorter + shorter.T), 1).astype(np.float32), len(x))
+
+
+def tied_graph(seed, n, levels=4):
+    "A symmetric graph of few different distances: ties everywhere, and pairs that share no neighbour."
+    rng = np.random.default_rng(seed)
+    upper = np.triu(rng.integers(0, levels + 1, (n, n)) / levels, 1).astype(np.float32)
+    return upper + upper.T
+
+
+def fit_untouched(x, graph, starts, **options):
+    "The fit, of examples in which no cluster had to be filled again: who is moved then depends on indices, as published."
+    real, moved = hdc.refill, []
+    def watched(labels, *rest):
+        before = labels.copy()
+        real(labels, *rest)
+        moved.append(not np.array_equal(before, labels))
+    with mock.patch.object(hdc, 'refill', watched): fit = HDC(len(starts), init=starts, **options).fit(x, graph=graph)
+    assert moved                                     # the watch is in place
+    assume(not any(moved))
+    return fit
+
+
+drawn = dict(seed=st.integers(0, 10**6), n=st.integers(20, 60), k=st.integers(2, 6), metric=st.sampled_from(sorted(METRICS)))
+
+
+@given(**drawn, n_sigma=st.sampled_from([0., 1., 2.]))
+def test_the_order_of_samples_does_not_matter(seed, n, k, metric, n_sigma):
+    "The same graph and the same starts under other sample numbers: the same labels, discrepancies and centroids, to the bit."
+    x, rng = exact_points(seed, n), np.random.default_rng(seed)
+    graph, order, starts = graph_of_points(seed, x), rng.permutation(n), rng.choice(n, k, replace=False)
+    plain = fit_untouched(x, graph, starts, metric=metric, n_sigma=n_sigma)
+    shuffled = fit_untouched(x[order], csr_array(graph[order][:, order]), np.argsort(order)[starts], metric=metric, n_sigma=n_sigma)
+    for name in ('labels_', 'assignments_', 'discrepancy_', 'confidence_'): np.testing.assert_array_equal(getattr(shuffled, name), getattr(plain, name)[order], name)
+    np.testing.assert_array_equal(shuffled.cluster_centers_, plain.cluster_centers_)
+    assert shuffled.n_iter_ == plain.n_iter_ and shuffled.n_ceiling_ == plain.n_ceiling_
+
+
+@given(**drawn)
+def test_the_numbers_of_clusters_are_only_names(seed, n, k, metric):
+    "The starts in another order: the same clusters under other numbers. Samples near none are left out: they would go to the first, whichever it is."
+    x, rng = exact_points(seed, n), np.random.default_rng(seed)
+    graph, starts, name = graph_of_points(seed, x), rng.choice(n, k, replace=False), rng.permutation(k)
+    plain, renamed = (fit_untouched(x, graph, s, metric=metric, ceiling='outlier') for s in (starts, starts[name]))
+    back = np.append(name, -1)
+    np.testing.assert_array_equal(back[renamed.labels_], plain.labels_)
+    np.testing.assert_array_equal(renamed.discrepancy_, plain.discrepancy_)
+    np.testing.assert_array_equal(renamed.cluster_centers_, plain.cluster_centers_[name])
+
+
+@given(**drawn)
+def test_copies_of_an_image_stay_together(seed, n, k, metric):
+    "Every image stored three times: copies share label, discrepancy and confidence."
+    x = exact_points(seed, n)
+    graph = np.kron(to_dense(graph_of_points(seed, x)), np.ones((3, 3), np.float32))
+    fit = fit_untouched(np.repeat(x, 3, axis=0), graph, 3 * np.random.default_rng(seed).choice(n, k, replace=False), metric=metric)
+    for name in ('labels_', 'assignments_', 'discrepancy_', 'confidence_'):
+        first, *others = getattr(fit, name).reshape(n, 3).T
+        for other in others: np.testing.assert_array_equal(other, first, name)
+
+
+@settings(max_examples=200)
+@given(seed=st.integers(0, 10**6), n=st.integers(2, 40), k=st.integers(1, 40), levels=st.integers(1, 5))
+def test_ties_of_the_start_go_to_the_lowest_cluster(seed, n, k, levels):
+    graph, starts = tied_graph(seed, n, levels), np.random.default_rng(seed).choice(n, min(k, n), replace=False)
+    to_starts = graph[:, starts]
+    expected = np.where(to_starts.min(1) < 1, to_starts.argmin(1), -1)          # argmin: the first among equals
+    np.testing.assert_array_equal(nearest_start(hdc.as_graph(graph, n), starts), expected)
+
+
+@settings(max_examples=200)
+@given(seed=st.integers(0, 10**6), n=st.integers(2, 40), k=st.integers(1, 10), levels=st.integers(1, 5))
+def test_assignment_with_ties_is_the_dense_definition(seed, n, k, levels):
+    "Representative: the member of largest h, the first among equals; label: the cluster of smallest H, ties to the lowest; -1 where all are at the ceiling."
+    rng, graph = np.random.default_rng(seed), tied_graph(seed, n, levels)
+    labels, m = rng.integers(0, min(k, n), n).astype(np.int32), rng.choice(np.float32([.01, .1, .25, .5, 1]), n)
+    a = np.where(graph < 1, 1 - np.exp(-graph), hdc.CEILING).astype(np.float32)
+    h = a * m / np.maximum(a + m, np.finfo(np.float32).tiny)
+    members = [np.flatnonzero(labels == j) for j in range(k)]
+    H = np.stack([a[np.arange(n), own[h[:, own].argmax(1)]] if len(own) else np.full(n, np.inf) for own in members], 1)
+    order, start = hdc._members(labels, m, k)
+    found = hdc.discrepancies(hdc.as_graph(graph, n))
+    nearest, smallest, total = hdc.kernels.assign(found.indptr, found.indices, found.data, labels, m, order, start, hdc.CEILING)
+    np.testing.assert_array_equal(smallest, H.min(1))
+    np.testing.assert_array_equal(nearest, np.where(H.min(1) < hdc.CEILING, H.argmin(1), -1))
+
+
+@given(seed=st.integers(0, 10**6), n=st.integers(3, 40), share=st.floats(0, 1), levels=st.integers(1, 5), init=st.sampled_from(['k-means++', 'k-means++-x', 'random']),
+       metric=st.sampled_from(sorted(METRICS)), ceiling=st.sampled_from(['first', 'outlier']))
+def test_whatever_comes_in_a_partition_comes_out(seed, n, share, levels, init, metric, ceiling):
+    "Copies, ties, any K up to N: no cluster is empty, a cluster keeps a member, confidence is a share, centroids are the means of the members that count."
+    rng = np.random.default_rng(seed)
+    k, x = 1 + int(share * (n - 1)), exact_points(seed, n)[rng.integers(0, n, n)]
+    fit = HDC(k, init=init, metric=metric, ceiling=ceiling, random_state=seed, max_iter=12).fit(x, graph=tied_graph(seed, n, levels))
+    inside = fit.labels_ >= 0
+    assert set(fit.labels_[inside]) == set(range(k)) and (fit.assignments_ >= 0).all() and (fit.assignments_[inside] == fit.labels_[inside]).all()
+    assert len(set(fit.init_indices_)) == k and 1 <= fit.n_iter_ <= 12 and 0 <= fit.confidence_.min() <= fit.confidence_.max() <= 1
+    np.testing.assert_allclose(fit.cluster_centers_, [x[fit.labels_ == j].mean(0) for j in range(k)], atol=1e-6)

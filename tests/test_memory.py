@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ccc.memory import RULES, ClusterMemory, camera_entropy, pick_updates
@@ -263,3 +264,93 @@ def test_many_clusters():
 def test_entropy_leaves_outliers_out():
     clusters, bits, weights = camera_entropy(np.array([-1, 4, 4, -1, 2], np.int32), np.array([0, 1, 2, 3, 3], np.int8))
     assert clusters.tolist() == [2, 4] and bits.tolist() == [0, 1] and abs(weights.mean().item() - 1) < 1e-6
+
+
+# properties, on drawn examples
+
+def batch(seed, size, clusters=5, cameras=4, d=8):
+    "Embeddings, clusters, cameras, and the memory they meet."
+    rng = np.random.default_rng(seed)
+    x = F.normalize(torch.tensor(rng.normal(size=(size, d)), dtype=torch.float32), dim=1)
+    return x, torch.tensor(rng.integers(0, clusters, size)), torch.tensor(rng.integers(0, cameras, size)), torch.tensor(rng.normal(size=(clusters, d)), dtype=torch.float32)
+
+
+def after(memory, x, y, camids):
+    "Loss of a batch, and the centroids that its update leaves."
+    loss = memory(x, y, camids)
+    memory.update(x, y, camids)
+    return loss, memory.centroids
+
+
+def close(a, b): torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+drawn = dict(seed=st.integers(0, 10**6), size=st.integers(1, 40), rule=st.sampled_from(RULES))
+
+
+@settings(max_examples=60)
+@given(**drawn)
+def test_the_numbers_of_clusters_and_cameras_are_only_names(seed, size, rule):
+    x, y, camids, centroids = batch(seed, size)
+    number = torch.randperm(5, generator=torch.Generator().manual_seed(seed))
+    loss, moved = after(ClusterMemory(centroids, rule=rule), x, y, camids)
+    renamed = torch.empty_like(centroids).index_copy_(0, number, centroids)           # centroid j is now number[j]
+    other_loss, other = after(ClusterMemory(renamed, rule=rule), x, number[y], 70 - 3 * camids)
+    close(other_loss, loss)
+    close(other[number], moved)
+
+
+@settings(max_examples=60)
+@given(**drawn)
+def test_the_order_of_a_batch_matters_to_sequential_rules_alone(seed, size, rule):
+    x, y, camids, centroids = batch(seed, size)
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+    if rule in ('cm', 'cm_camera', 'cm_hard_camera'):              # they take samples in turn: another order, but turns of another cluster may come between
+        order = torch.cat([(y == j).nonzero()[:, 0] for j in range(5)])
+    loss, moved = after(ClusterMemory(centroids, rule=rule), x, y, camids)
+    other_loss, other = after(ClusterMemory(centroids, rule=rule), x[order], y[order], camids[order])
+    close(other_loss, loss)
+    close(other, moved)
+
+
+@settings(max_examples=60)
+@given(**drawn | dict(rule=st.sampled_from(['cm_hard', 'tccl_camera', 'hd_camera', 'cm_camera', 'cm_hard_camera'])))
+def test_a_batch_said_twice_says_the_same(seed, size, rule):
+    "Copies of images, beside their originals: ties to the first. The rule `cm` takes each copy for a further update."
+    x, y, camids, centroids = batch(seed, size)
+    loss, moved = after(ClusterMemory(centroids, rule=rule), x, y, camids)
+    other_loss, other = after(ClusterMemory(centroids, rule=rule), *(a.repeat_interleave(2, 0) for a in (x, y, camids)))
+    close(other_loss, loss)
+    close(other, moved)
+
+
+@settings(max_examples=60)
+@given(seed=st.integers(0, 10**6), size=st.integers(1, 40))
+def test_camera_entropy_does_not_know_names_or_order(seed, size):
+    "Weights have mean 1 and rise with entropy; images named or ordered otherwise, or all of them twice, have the same."
+    _, y, camids, _ = batch(seed, size)
+    clusters, bits, weights = camera_entropy(y, camids)
+    assert weights.mean().item() == pytest.approx(1, abs=1e-5) and (bits >= 0).all() and (bits <= 2 + 1e-5).all()
+    assert (weights[bits.argsort()].diff() >= -1e-6).all()
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+    for other in (camera_entropy(y[order], camids[order]), camera_entropy(y, 5 - camids), camera_entropy(y + 11, camids), camera_entropy(y.repeat(2), camids.repeat(2))):
+        close(other[1], bits)
+        close(other[2], weights)
+    others, reversed_bits, _ = camera_entropy(40 - y, camids)
+    assert torch.equal(others.flip(0), 40 - clusters)
+    close(reversed_bits.flip(0), bits)
+
+
+@settings(max_examples=60)
+@given(seed=st.integers(0, 10**6), size=st.integers(1, 40), equal=st.booleans())
+def test_cie_is_plain_where_all_clusters_are_alike(seed, size, equal):
+    "Every camera once in every cluster: weights of 1, the mean of the losses. A cluster of one camera counts for less, never for nothing."
+    x, y, camids, centroids = batch(seed, size)
+    if equal: x, y, camids = x.repeat(20, 1)[:20], torch.arange(20) % 5, torch.arange(20) // 5
+    cie, plain = (ClusterMemory(centroids, camera_weight=w)(x, y, camids) for w in (True, False))
+    weights = camera_entropy(y, camids)[2]
+    if equal: close(cie, plain)
+    losses = torch.stack([ClusterMemory(centroids, camera_weight=False)(x[i:i + 1], y[i:i + 1], camids[i:i + 1]) for i in range(len(x))])
+    own = dict(zip(camera_entropy(y, camids)[0].tolist(), weights.tolist()))
+    close(cie, (torch.tensor([own[j] for j in y.tolist()]) * losses).mean())
+    assert (weights > 0).all()

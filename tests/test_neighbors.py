@@ -4,6 +4,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import golden
+from hypothesis import assume, given, strategies as st
 from scipy.sparse import csr_array
 
 from ccc import neighbors
@@ -114,3 +115,67 @@ def test_approximate_neighbours_report_their_recall(index, capsys):
     printed = float(capsys.readouterr().out.split('%')[0].split(':')[1]) / 100
     measured = np.mean([len(set(a) & set(b)) / 11 for a, b in zip(exact, found)])
     assert abs(printed - measured) < .03 and measured > .8
+
+
+# properties, on drawn examples
+
+def points(seed, n, d=6):
+    "Unit vectors with some structure: n points around a few directions."
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(max(2, n // 6), d))[rng.integers(0, max(2, n // 6), n)] + .5 * rng.normal(size=(n, d))
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+
+
+def no_ties(x):
+    "Whether no two distances from one point are so close that the order of adding could exchange them."
+    d = np.sort(np.square(x[:, None].astype(float) - x[None]).sum(2), axis=1)
+    return np.diff(d, axis=1).min() > 1e-6
+
+
+@given(seed=st.integers(0, 10**6), n=st.integers(8, 40), k1=st.integers(1, 12), k2=st.integers(1, 6))
+def test_the_order_of_samples_does_not_matter(seed, n, k1, k2):
+    "A graph of permuted samples is the permuted graph; the order of adding may move a last bit."
+    k1 = min(k1, n - 1)
+    k2 = min(k2, k1 + 1)
+    x, order = points(seed, n), np.random.default_rng(seed).permutation(n)
+    assume(no_ties(x))
+    graph, shuffled = jaccard_distance(x, k1, k2), jaccard_distance(x[order], k1, k2)
+    assert graph.nnz == shuffled.nnz
+    np.testing.assert_allclose(to_dense(shuffled), to_dense(graph)[np.ix_(order, order)], atol=1e-6)
+
+
+@given(seed=st.integers(0, 10**6), n=st.integers(4, 30), copies=st.integers(1, 6), k1=st.integers(1, 20), k2=st.integers(1, 6))
+def test_any_graph_is_symmetric_with_a_zero_diagonal(seed, n, copies, k1, k2):
+    "With copies, too, where neighbours tie."
+    x = points(seed, n)[np.random.default_rng(seed).integers(0, n, n + copies)]
+    k1 = min(k1, len(x) - 1)
+    graph = jaccard_distance(x, k1, min(k2, k1 + 1))
+    dense = to_dense(graph)
+    np.testing.assert_array_equal(dense, dense.T)
+    np.testing.assert_allclose(np.diag(dense), 0, atol=1e-6)
+    assert 0 <= graph.data.min() and graph.data.max() < 1 and (graph.diagonal() >= 0).all() and graph.nnz >= len(x)
+
+
+@given(seed=st.integers(0, 10**6), n=st.integers(12, 30), setting=st.sampled_from([(1, 1), (1, 2), (5, 1), (5, 3), (9, 4)]))
+def test_every_image_stored_three_times_changes_nothing(seed, n, setting):
+    """Three times the images and three times the list lengths: copies are at distance 0, and all others as far apart as before.
+    Lists must not cut through the copies of an image: 3 (k1 + 1) and 3 (half + 1) are again of the form k1' + 1 and half' + 1 for these k1."""
+    k1, k2 = setting
+    x = points(seed, n)
+    assume(no_ties(x))
+    once, thrice = to_dense(jaccard_distance(x, k1, k2)), to_dense(jaccard_distance(np.repeat(x, 3, axis=0), 3 * k1 + 2, 3 * k2))
+    np.testing.assert_allclose(thrice, np.kron(once, np.ones((3, 3))), atol=2e-6)
+    assert np.diag(thrice, 1)[::3].max() < 2e-6
+
+
+@given(seed=st.integers(0, 10**6), n=st.integers(3, 40), repeats=st.integers(1, 5), k=st.integers(1, 12))
+def test_neighbours_are_the_nearest_whatever_ties_there_are(seed, n, repeats, k):
+    "Coordinates on a coarse grid and copies: the distances are those of the slow search, each sample is its own first, nobody comes twice."
+    x = np.repeat(np.random.default_rng(seed).integers(-2, 3, (n, 3)).astype(np.float32) / 4, repeats, axis=0)
+    k = min(k, len(x))
+    distances, indices = knn(x, k)
+    slow = np.square(x[:, None] - x[None]).sum(2)
+    np.testing.assert_allclose(distances, np.sort(slow, axis=1)[:, :k], atol=1e-6)
+    np.testing.assert_allclose(np.take_along_axis(slow, indices, 1), distances, atol=1e-6)
+    np.testing.assert_array_equal(indices[:, 0], np.arange(len(x)))
+    assert all(len(set(row)) == k for row in indices)

@@ -136,15 +136,15 @@ def extract_embeddings(net,         # maps normalised images to (B, D); is left 
     z = [net(normalize(fetch_images(images, b, engine.device))).float() for b in progress_bar(batches, 'extract', engine)]
     return engine.gather(torch.cat(z))[:len(images)].cpu().numpy()
 
-# %% ../nbs/08c_engine.ipynb #484f8ce1
+# %% ../nbs/08c_engine.ipynb #6ba18588
 def training_flops(net: nn.Module,  # images -> embeddings
                    height: int, width: int) -> float | None:  # operations an image, a multiplication and an addition being two; None if it cannot be counted
     "What a training step costs for each image: matrix products and convolutions, forward and backward."
     from torch.utils.flop_counter import FlopCounterMode
     try:
         ghost = copy.deepcopy(net).to('meta').train()
-        with FlopCounterMode(display=False) as count: ghost(torch.empty(2, 3, height, width, device='meta')).sum().backward()
-        return count.get_total_flops() / 2
+        with FlopCounterMode(display=False) as count, torch.no_grad(): ghost(torch.empty(2, 3, height, width, device='meta'))
+        return 3 * count.get_total_flops() / 2        # its count of the backward pass takes grouped convolutions for whole ones
     except (RuntimeError, NotImplementedError, TypeError): return None       # a network that looks at values cannot run without them
 
 # %% ../nbs/08c_engine.ipynb #336092a3

@@ -10,7 +10,7 @@ import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
-CHROMIUM = next((path for name in ('chromium', 'chromium-browser', 'google-chrome') if (path := shutil.which(name))), None)
+CHROMIUM = next((path for name in ('chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable') if (path := shutil.which(name))), None)
 
 SETTINGS = {'apputils-extension/notification': dict(fetchNews='false', checkForUpdates=False),         # no questions in front of the notebook
             'notebook-extension/tracker': dict(windowingMode='none')}                                  # cells out of sight are in the page, too

@@ -174,3 +174,27 @@ def test_pairs_are_pairs():
     d = paired({('hdc', 1): .3, ('hdc', 2): .5, ('kmeans', 1): .1}, {('hdc', 1): .2, ('hdc', 2): .2, ('dbscan', 1): .9})
     assert d.n == 2 and d.mean == pytest.approx(.2) and d.low == pytest.approx(.1) and d.high == pytest.approx(.3)
     assert paired({1: .2, 2: .3}, {1: .1, 2: .2}).n == 2
+
+
+def test_several_gpus_have_one_run_each_at_a_time(tmp_path, monkeypatch):
+    import ccc.studies as studies
+    busy, most, seen = set(), [], []
+
+    class Process:
+        def __init__(self, words, env, **_):
+            self.gpu = env['CUDA_VISIBLE_DEVICES']
+            assert self.gpu not in busy
+            busy.add(self.gpu)
+            most.append(len(busy))
+            seen.append(self.gpu)
+
+        def wait(self):
+            time.sleep(.1)
+            busy.discard(self.gpu)
+            return 1
+
+    monkeypatch.setattr(studies, 'visible_gpus', lambda: ['0', '3'])
+    monkeypatch.setattr(studies.subprocess, 'Popen', Process)
+    base = study_base('city')
+    left_out = ablate([replace(base, seed=s) for s in range(6)], base, tmp_path)
+    assert len(left_out) == len(seen) == 6 and set(seen) == {'0', '3'} and max(most) == 2

@@ -49,6 +49,7 @@ def test_wheel_holds_compiled_kernels(copy, tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     for kernel in (ROOT / 'ccc').glob('_*_kernels.py'):
         assert any(re.fullmatch(rf'ccc/{kernel.stem}\..*(so|pyd)', name) for name in names), f'{kernel.stem} is not compiled in {names}'
+    assert {'ccc/report.ipynb', 'ccc/city.npz'} <= set(names)
     assert not any(name.startswith(('tests/', 'nbs/')) for name in names)
 
 

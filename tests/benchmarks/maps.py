@@ -17,9 +17,9 @@ warnings.simplefilter('ignore')
 
 
 def timed(name, make):
-    start = time.perf_counter()
+    start, busy = time.perf_counter(), time.process_time()
     value = make()
-    print(f'{name:58s} {time.perf_counter() - start:7.1f} s', flush=True)
+    print(f'{name:58s} {time.perf_counter() - start:7.1f} s, {time.process_time() - busy:7.1f} s of CPU', flush=True)
     return value
 
 

@@ -5,21 +5,33 @@
 # %% auto #0
 __all__ = ['controls', 'Explorer', 'explore', 'explore_map', 'evolution_figure', 'plot_progress', 'live_panel']
 
-# %% ../nbs/05b_widgets.ipynb #76f4e7d3
+# %% ../nbs/05b_widgets.ipynb #cd58e117
 import base64
 import html
 import io
+from contextlib import contextmanager
 
 import numpy as np
 
 from .evolution import History, label_signs, read_history
 from .viz import _COLOURS, _MARKERS, _coloured, _count, _figure, _few, _panel_confidence, _per_point, _pixels, _spread, _bare, draw_clusters, plot_umap, sample_points
 
-# %% ../nbs/05b_widgets.ipynb #1815f302
+# %% ../nbs/05b_widgets.ipynb #d7f3aa96
+@contextmanager
+def _without(module):
+    "Imports in this block do as if `module` were not installed."
+    import sys
+    if module in sys.modules: yield; return
+    sys.modules[module] = None
+    try: yield
+    finally: del sys.modules[module]
+
 def _widgets():
-    "The packages of the extra `notebook`; ImportError says how to get them."
+    "The packages of the extra `notebook`; ImportError says how to get them. plotly loads a checker of notebook files, which loads one of IRIs that compiles 39 grammars: most of a first view's time, and nothing that we use."
     try:
-        import anywidget, ipywidgets, plotly.graph_objects
+        with _without('rfc3987_syntax'):
+            import anywidget, ipywidgets, plotly.graph_objects
+            plotly.graph_objects.FigureWidget          # loaded when it is first named
         return ipywidgets, plotly.graph_objects
     except ImportError as e: raise ImportError(f"interactive views need `pip install 'ccc-reid[notebook]'` ({e.name} is missing)") from e
 
@@ -153,18 +165,27 @@ def _marker(history, kind, e, index, size):
     look, out = _look(history, kind, e, index), history.labels[e, index] < 0
     return look | dict(size=np.where(out, .8 * size, size).astype(np.float32), opacity=np.where(out, .6, .9).astype(np.float32), line=dict(width=0))
 
-# %% ../nbs/05b_widgets.ipynb #819fe727
+# %% ../nbs/05b_widgets.ipynb #e23c7c90
+def _frame_axes(fig, maps):
+    "One frame for all epochs, so that a point that stays is seen to stay."
+    low, high = maps.min((0, 1)), maps.max((0, 1))
+    pad = .04 * (high - low) + 1e-6
+    fig.update_xaxes(range=[float((low - pad)[0]), float((high + pad)[0])])
+    fig.update_yaxes(range=[float((low - pad)[1]), float((high + pad)[1])])
+
 def _figure_widget(history, looks, e, index, size):
-    "Two linked maps side by side."
+    "Two linked maps side by side, made as a plain figure first: so the page gets one message with all of it, and draws once."
     from plotly.subplots import make_subplots
     _, go = _widgets()
-    fig = go.FigureWidget(make_subplots(1, 2, subplot_titles=looks, horizontal_spacing=.03))
+    fig = make_subplots(1, 2, subplot_titles=looks, horizontal_spacing=.03)
     at = history.maps[e]
     for c, kind in enumerate(looks, 1):
         fig.add_trace(go.Scattergl(x=at[:, 0], y=at[:, 1], mode='markers', marker=_marker(history, kind, e, index, size), hoverinfo='none', showlegend=False), row=1, col=c)
     fig.update_xaxes(showticklabels=False, zeroline=False, showgrid=False, matches='x')
     fig.update_yaxes(showticklabels=False, zeroline=False, showgrid=False, matches='y', scaleanchor='x')
+    _frame_axes(fig, history.maps)
     fig.update_layout(height=430, width=880, margin=dict(l=10, r=10, t=30, b=10), template='plotly_white', dragmode='pan', hovermode='closest', uirevision='kept')
+    fig = go.FigureWidget(fig)
     fig._config = fig._config | dict(scrollZoom=True)
     return fig
 
@@ -246,7 +267,7 @@ class Explorer:
         h, e = self.history, self.epoch
         return _png(plot_umap(xy=h.maps[e], labels=h.labels[e, self.index], confidence=h.confidence[e, self.index], max_points=1000, title=f'epoch {h.epochs[e] + 1}'))
 
-# %% ../nbs/05b_widgets.ipynb #1d09d422
+# %% ../nbs/05b_widgets.ipynb #5b4cab46
 def _headline(history, e):
     "One line above the maps: counts, agreement, and whether this is a sample."
     labels, n = history.labels[e], history.labels.shape[1]
@@ -255,7 +276,7 @@ def _headline(history, e):
     signs += [f'NMI with {name} {row[key]:.2f}' for key, name in (('nmi', 'people'), ('camera_nmi', 'cameras')) if row.get(key) is not None]
     few = _few(history.labels[-1, history.index])
     if len(history.index) < n: signs.append(f'{len(history.index):,} of {n:,} images, drawn at random')
-    return f'<b>epoch {history.epochs[e] + 1}</b>: {" · ".join(signs)}{few.replace("largest in colour", "largest clusters in colour")}. Crosses are outliers. Point: the image; click: its cluster and path.'
+    return f'<b>epoch {history.epochs[e] + 1}</b>: {" · ".join(signs)}{few.replace("largest in colour", "largest clusters in colour")}. Crosses are outliers. Point: the image and its path; click: its cluster, and the path on both maps.'
 
 # %% ../nbs/05b_widgets.ipynb #74eda752
 def explore(history: History,  # with maps; `read_history(run, split)`
@@ -280,7 +301,7 @@ def explore_map(xy,                 # map (N, 2)
     return explore(History(np.zeros(1, int), labels[None], confidence[None], [], np.arange(len(xy)), np.asarray(xy, np.float32)[None],
                            known(getattr(split, 'camids', None)), known(getattr(split, 'pids', None)), split), max_points)
 
-# %% ../nbs/05b_widgets.ipynb #108eeca4
+# %% ../nbs/05b_widgets.ipynb #5e754813
 def evolution_figure(history: History,  # with maps
                      left: str = 'cluster', right: str = 'confidence',  # colourings: cluster, confidence, camera, person
                      max_epochs: int = 20,  # stops of the slider, evenly spread
@@ -300,9 +321,8 @@ def evolution_figure(history: History,  # with maps
     fig.frames = [go.Frame(data=clouds(e), name=str(history.epochs[e] + 1), traces=[0, 1]) for e in shown]
     steps = [dict(label=f.name, method='animate', args=[[f.name], dict(mode='immediate', frame=dict(duration=0, redraw=True), transition=dict(duration=0))]) for f in fig.frames]
     for axis in (fig.update_xaxes, fig.update_yaxes): axis(showticklabels=False, zeroline=False, showgrid=False)
-    low, high = history.maps.min((0, 1)), history.maps.max((0, 1))
-    pad = .04 * (high - low)
-    for k, (update, match) in enumerate([(fig.update_xaxes, 'x'), (fig.update_yaxes, 'y')]): update(matches=match, range=[float((low - pad)[k]), float((high + pad)[k])])
+    _frame_axes(fig, history.maps)
+    fig.update_xaxes(matches='x'); fig.update_yaxes(matches='y')
     fig.update_layout(height=520, width=960, margin=dict(l=10, r=10, t=30, b=10), template='plotly_white', dragmode='pan', sliders=[dict(active=len(steps) - 1, steps=steps, currentvalue=dict(prefix='epoch '))])
     return fig
 

@@ -108,8 +108,7 @@ def test_evolution(lab, page, shot):
     shot('evolution_cluster')
 
 
-MANY = '''import numpy as np, time
-import plotly.graph_objects, anywidget
+MANY = '''import numpy as np
 from ccc.widgets import explore_map
 rng = np.random.default_rng(0)
 labels = rng.integers(-1, 750, 12_936)
@@ -125,14 +124,14 @@ def test_twelve_thousand_points(lab, page, shot):
     cells = [nbformat.v4.new_code_cell(source) for source in (MANY, 'explore_map(xy, labels, rng.random(12_936), Split())', 'explore_map(xy, labels, rng.random(12_936), Split())')]
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=dict(name='python3', display_name='python3', language='python'))), root/'many.ipynb')
     page.open(address, 'many.ipynb')
+    seconds = []
     for k in (0, 1, 2):
         start = time.monotonic()
         page.js(f"(() => {{ const n = {browser.PANEL}.content; n.deselectAll(); n.activeCellIndex = {k}; jupyterapp.commands.execute('notebook:run-cell'); return true }})()")
         page.until(f"{browser.PANEL}.content.widgets[{k}].promptNode?.textContent.match(/\\d/) !== null && document.querySelectorAll('.gl-container').length >= {k}", 120)
-        seconds = time.monotonic() - start
-        if k: print(f'view {k} of 12,936 points open after {seconds:.1f} s')
-    limit = float(os.environ.get('CCC_OPEN_SECONDS', 5))
-    assert seconds < limit                                             # the first view also loads plotly into kernel and page
+        seconds.append(time.monotonic() - start)
+    print(f'view of 12,936 points open after {seconds[1]:.1f} s, the first of the session, which loads plotly into kernel and page; the next after {seconds[2]:.1f} s')
+    assert seconds[2] < float(os.environ.get('CCC_OPEN_SECONDS', 5))       # of the machine at its pace; the first is reported above
     shot('many_points')
     page.js('''window.gaps = []; (() => { let last = performance.now(); const draw = () => { const now = performance.now(); gaps.push(now - last); last = now; requestAnimationFrame(draw) }; draw() })()''')
     x, y, w, h = page.place('document.querySelector(".gl-container canvas")')
@@ -143,3 +142,4 @@ def test_twelve_thousand_points(lab, page, shot):
     print(f'{len(gaps)} frames under the moving pointer, median {gaps[len(gaps) // 2]:.0f} ms, longest {gaps[-1]:.0f} ms')
     assert gaps[len(gaps) // 2] < 500                                  # WebGL on the CPU; on a graphics card it is the screen's own rate
     assert 'in epoch 1' in open_cluster(page)
+    page.until('document.querySelectorAll(".shapelayer path").length >= 4', 60)      # the clicked point's ring and path, on both maps

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['label_quality', 'Suggestion', 'suggest_eps', 'suggest_n_clusters', 'suggest_epoch', 'suggest_run']
 
-# %% ../nbs/09c_choosing.ipynb #e0227d07
+# %% ../nbs/09c_choosing.ipynb #9e0ec711
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -107,31 +108,30 @@ def suggest_n_clusters(x,                     # (N, D) embeddings, unit norm
     if not candidates or candidates[0] < 2 or candidates[-1] > len(x): raise ValueError(f'candidates for n_clusters must lie in 2..N, got {candidates} with N={len(x)}')
     return _tried('n_clusters', x, graph, candidates, lambda k: dict(method=method, n_clusters=k, min_instances=min_instances, random_state=random_state, **options))
 
-# %% ../nbs/09c_choosing.ipynb #ff5b978e
+# %% ../nbs/09c_choosing.ipynb #9dcb38d9
 def suggest_epoch(run,  # folder of a run, or its rows (dicts as in metrics.jsonl)
                  ) -> Suggestion:  # epochs count from 0; the score is 1 - churn times the share of images in clusters, to be looked at
     "The last finished epoch: no signal of the labels has chosen better (see the notebook). ValueError for a run without a finished epoch."
     rows = read_metrics(run) if isinstance(run, (str, Path)) else list(run)
     if not rows: raise ValueError(f'an epoch can be suggested for a run that has finished one, got none in {run}')
-    n = _images(run, rows)
+    n = _images(run)
     steady = [(1 - (1. if r.get('churn') is None else r['churn'])) * (1 - r['n_outliers'] / n if n else 1) for r in rows]
     told = {k: np.array([r[k] for r in rows]) for k in ('n_clusters', 'n_outliers')}
     return Suggestion('epoch', rows[-1]['epoch'], [r['epoch'] for r in rows], np.array(steady), 'stability', told)
 
-def _images(run, rows):
-    "How many images the run labels: of its label files, 0 where only rows are at hand."
-    names = sorted(Path(run).glob('labels/epoch_*.npz')) if isinstance(run, (str, Path)) else []
-    if not names: return 0
-    with np.load(names[0]) as f: return len(f['labels'])
+def _images(run) -> int:
+    "How many images the run labels, 0 where only rows are at hand."
+    told = Path(run) / 'config.json' if isinstance(run, (str, Path)) else None
+    return json.loads(told.read_text())['data']['train'] if told and told.is_file() else 0
 
-# %% ../nbs/09c_choosing.ipynb #fdbca164
+# %% ../nbs/09c_choosing.ipynb #b6cb9f7c
 def suggest_run(runs: list,  # folders of finished runs
                 names=None,  # how to call them, e.g. their K; None: the folders' names
                ) -> Suggestion:
-    "The run whose late labels have the highest silhouette, times the share of images in clusters. ValueError where a run has no silhouette, or runs label other numbers of images."
+    "The run whose late labels have the highest silhouette, times the share of images in clusters. ValueError where a run has no silhouette, or they label different numbers of images."
     runs = list(runs)
-    sizes = {_images(r, None) for r in runs}
-    if len(sizes) != 1 or 0 in sizes: raise ValueError(f'runs can be compared if all have label files of as many images, got {sorted(sizes)} images')
+    sizes = {_images(r) for r in runs}
+    if len(sizes) != 1 or 0 in sizes: raise ValueError(f'runs can be compared if all label as many images, as their config.json says; got {sorted(sizes)} images')
     late = [rows[-max(1, len(rows) // 4):] for rows in map(read_metrics, runs)]
     if not all(any(r.get('silhouette') is not None for r in rows) for rows in late): raise ValueError('runs can be compared if their rows have a silhouette, got one without; it is older than that number')
     share = lambda r: 1 - r['n_outliers'] / max(sizes)

@@ -258,7 +258,7 @@ def kept_warmups(folder) -> list:  # settings, a dict each
     "The warm-ups in the store of a folder of studies."
     return [json.loads(p.read_text())['told']['settings'] for p in Path(folder).glob('warmups/*/warmup.json')]
 
-# %% ../nbs/09b_studies.ipynb #151a473d
+# %% ../nbs/09b_studies.ipynb #0454a213
 def outlook(planned: list,  # of `plan`
             folder,
             jobs: int | None = None,  # runs at a time, as of `ablate`
@@ -266,6 +266,7 @@ def outlook(planned: list,  # of `plan`
     "What there is to do: runs, what is cached, expected time."
     jobs = jobs or max(1, len(visible_gpus()))
     pace, kept, begun, lines, total = known_pace(folder), kept_warmups(folder), set(), [], 0.
+    width = max((len(p.name) for p in planned), default=0)
     for p in planned:
         kind, warm = json.dumps(pace_key(p.config)), warmup_key(p.config)
         if p.left > 0 and kind not in pace:
@@ -279,7 +280,7 @@ def outlook(planned: list,  # of `plan`
         else:
             total += left * seconds
             told = f'{left * seconds:7.0f} s' if p.left > 0 else ''
-        lines.append(f'{p.name:70} {state:26} {"warm-up cached" if cached else "":15}{told}'.rstrip())
+        lines.append(f'{p.name:{width}}  {state:26} {"warm-up cached" if cached else "":15}{told}'.rstrip())
     return '\n'.join([*lines, f'{sum(p.left > 0 for p in planned)} of {len(planned)} runs to do, about {total / jobs / 60:.1f} min with {jobs} at a time'])
 
 # %% ../nbs/09b_studies.ipynb #5c65d2ec
@@ -345,7 +346,7 @@ def paired(a: dict, b: dict,  # key: score; keys that both have make the pairs
     interval = bootstrap((d,), np.mean, confidence_level=level, method='percentile', rng=0).confidence_interval
     return Difference(float(d.mean()), float(interval.low), float(interval.high), len(d))
 
-# %% ../nbs/09b_studies.ipynb #64946eb1
+# %% ../nbs/09b_studies.ipynb #ad2ba981
 def spread(values) -> str:  # fractions -> percent
     "Mean ± standard deviation over seeds; blank without a run."
     v = 100 * np.array(list(values))
@@ -359,10 +360,11 @@ def study_rows(name: str,  # one of `STUDIES`
 
 def study_table(name: str, base: Config, found: dict) -> list:  # lines of text
     "A study as a table: mAP and Rank-1 of the last epoch in percent, the best epoch's mAP, mean ± standard deviation over seeds; blank where nothing was run."
-    lines = [f'{name:70}{"mAP last":>14}{"Rank-1":>14}{"mAP best*":>14}{"seeds":>7}']
-    for row, config in study_rows(name, base):
-        told = ', '.join(f'{n}={v}' for n, v in (row | {n: getattr(config, n) for n in row}).items())
+    rows = [(', '.join(f'{n}={getattr(config, n)}' for n in row), config) for row, config in study_rows(name, base)]
+    width = max(len(told) for told, _ in rows)
+    lines = [f'{name:{width}}{"mAP last":>14}{"Rank-1":>14}{"mAP best*":>14}{"seeds":>7}']
+    for told, config in rows:
         maps = scores(config, found)
         cells = spread(maps.values()), spread(scores(config, found, 'rank1').values()), spread(scores(config, found, epoch='best').values())
-        lines.append(f'{told:70}' + ''.join(f'{c:>14}' for c in cells) + f'{len(maps) or "":>7}')
+        lines.append((f'{told:{width}}' + ''.join(f'{c:>14}' for c in cells) + f'{len(maps) or "":>7}').rstrip())
     return [*lines, '* the epoch is chosen on the test set']

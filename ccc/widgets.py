@@ -165,7 +165,7 @@ def _marker(history, kind, e, index, size):
     look, out = _look(history, kind, e, index), history.labels[e, index] < 0
     return look | dict(size=np.where(out, .8 * size, size).astype(np.float32), opacity=np.where(out, .6, .9).astype(np.float32), line=dict(width=0))
 
-# %% ../nbs/05b_widgets.ipynb #e23c7c90
+# %% ../nbs/05b_widgets.ipynb #6c6668a3
 def _frame_axes(fig, maps):
     "One frame for all epochs, so that a point that stays is seen to stay."
     low, high = maps.min((0, 1)), maps.max((0, 1))
@@ -174,18 +174,16 @@ def _frame_axes(fig, maps):
     fig.update_yaxes(range=[float((low - pad)[1]), float((high + pad)[1])])
 
 def _figure_widget(history, looks, e, index, size):
-    "Two linked maps side by side, made as a plain figure first: so the page gets one message with all of it, and draws once."
+    "Two linked maps side by side."
     from plotly.subplots import make_subplots
     _, go = _widgets()
-    fig = make_subplots(1, 2, subplot_titles=looks, horizontal_spacing=.03)
+    fig = go.FigureWidget(make_subplots(1, 2, subplot_titles=looks, horizontal_spacing=.03))
     at = history.maps[e]
     for c, kind in enumerate(looks, 1):
         fig.add_trace(go.Scattergl(x=at[:, 0], y=at[:, 1], mode='markers', marker=_marker(history, kind, e, index, size), hoverinfo='none', showlegend=False), row=1, col=c)
     fig.update_xaxes(showticklabels=False, zeroline=False, showgrid=False, matches='x')
     fig.update_yaxes(showticklabels=False, zeroline=False, showgrid=False, matches='y', scaleanchor='x')
-    _frame_axes(fig, history.maps)
     fig.update_layout(height=430, width=880, margin=dict(l=10, r=10, t=30, b=10), template='plotly_white', dragmode='pan', hovermode='closest', uirevision='kept')
-    fig = go.FigureWidget(fig)
     fig._config = fig._config | dict(scrollZoom=True)
     return fig
 

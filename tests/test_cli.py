@@ -116,3 +116,12 @@ def test_commands_end_to_end(tmp_path, monkeypatch, capsys):
 def test_module_runs():
     done = shell('train', '--iters', '0')
     assert done.returncode == 2 and done.stderr == 'ccc train: iters must be above 0, got iters=0\n'
+
+
+def test_ablate_says_what_it_would_do(tmp_path, capsys):
+    line = f'ablate rules --seeds 1 --log-dir {tmp_path} --device cpu --subset-ids 6 --num-clusters 6 --jaccard-k1 6 --height 32 --width 16 --batch-size 16 --iters 1 --num-epochs 1 --warmup-iters 0'
+    assert main([*line.split(), '--dry-run']) == 0
+    said = capsys.readouterr().out
+    assert said.count('missing') == 8 and '8 of 8 runs to do' in said and not list(tmp_path.iterdir())
+    assert main(line.replace('--seeds 1', '--seeds 0').split()) == 2 and 'at least 1, got 0' in capsys.readouterr().err
+    assert main(['ablate', 'colours']) == 2 and 'colours' in capsys.readouterr().err

@@ -229,7 +229,7 @@ def report(args: list):  # words after `ccc report`
     from ccc.report import write_report
     print(f'written: {write_report(options.run, options.out, options.network)}')
 
-# %% ../nbs/10_cli.ipynb #822b9841
+# %% ../nbs/10_cli.ipynb #4f504636
 @dataclass
 class AblateOptions:
     "Run what is missing of a study of the paper and print its table. --dataset names the data (bare: the rendered city); other options of `ccc train` change what all rows start from."
@@ -248,7 +248,7 @@ def ablate(args: list):  # words after `ccc ablate`
     if o.seeds < 1 or (o.jobs or 1) < 1: raise ValueError(f'seeds and jobs must be at least 1, got {o.seeds} and {o.jobs}')
     configs, folder = study_configs(o.study, o.config, o.seeds), Path(o.config.log_dir).expanduser() / f'ablate-{o.config.dataset}'
     if o.dry_run: return print(outlook(plan(configs, o.config, folder), folder, o.jobs))
-    left_out, found = ablate(configs, o.config, folder, o.jobs), results(folder)
+    left_out, found = ablate(configs, o.config, folder, o.jobs), results(folder, configs)
     for name in STUDIES if o.study == 'all' else [o.study]: print('', *study_table(name, o.config, found), sep='\n')
     if left_out: print(f'{len(left_out)} runs are left out: blank above, or with fewer seeds')
 

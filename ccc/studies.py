@@ -8,7 +8,7 @@ __all__ = ['CLUSTERERS', 'NETWORKS', 'STUDIES', 'grid', 'study_base', 'study_con
            'known_pace', 'Runs', 'visible_gpus', 'missing_weights', 'ablate', 'last_line', 'try_pace', 'kept_warmups',
            'outlook', 'Result', 'results', 'scores', 'Difference', 'paired', 'spread', 'study_rows', 'study_table']
 
-# %% ../nbs/09b_studies.ipynb #c66bcb62
+# %% ../nbs/09b_studies.ipynb #7cd7e1f7
 import fcntl
 import json
 import os
@@ -16,7 +16,9 @@ import queue
 import shlex
 import subprocess
 import sys
+import threading
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -68,10 +70,10 @@ def fitted(row: dict, base: Config) -> dict:
     published = base.dataset in BENCHMARKS and base.subset_ids is None
     return row if published or 'num_clusters' not in row else row | dict(num_clusters=round(row['num_clusters'] / 750 * base.num_clusters))
 
-# %% ../nbs/09b_studies.ipynb #1ea08c04
+# %% ../nbs/09b_studies.ipynb #661ec806
 def run_key(config: Config) -> str:
-    "What two runs must have in common to be the same run."
-    return json.dumps(deciding(config) | dict(num_epochs=config.num_epochs), sort_keys=True)
+    "What two runs must have in common to be the same run: all that decides weights, and how they are evaluated."
+    return json.dumps(deciding(config) | {n: getattr(config, n) for n in ('num_epochs', 'rerank', 'eval_dist')}, sort_keys=True)
 
 # %% ../nbs/09b_studies.ipynb #da729ba7
 @dataclass
@@ -85,17 +87,19 @@ class Planned:
     @property
     def left(self) -> int: return self.config.num_epochs - self.done
 
-# %% ../nbs/09b_studies.ipynb #b7e71cf6
+# %% ../nbs/09b_studies.ipynb #09d97f8b
 def row_name(config: Config, base: Config) -> str:
     "The settings of a row that differ from the base, as a folder's name."
     told = {n: v for n, v in changes(config, base).items() if n not in ('seed', 'log_dir', 'warmup_store')}
     return ','.join(f'{n}={v}' for n, v in told.items()).replace('/', '-').replace(':', '-') or 'base'
 
 def find_runs(folder) -> dict:  # run_key -> the run's folder
-    "All runs of a study's folder."
+    "All runs of a study's folder, of two the same the one with more epochs; warns of settings that cannot be read."
     found = {}
     for path in sorted(Path(folder).glob('*/*/config.json')):
-        found[run_key(Config(**json.loads(path.read_text())['config']))] = path.parent
+        try: key = run_key(Config(**json.loads(path.read_text())['config']))
+        except (TypeError, ValueError, KeyError) as e: warnings.warn(f'{path.parent} is left alone, its settings are of another version or damaged: {e}')
+        else: found[key] = max(found.get(key, path.parent), path.parent, key=count_epochs)
     return found
 
 def plan(configs: list,  # of `study_configs`
@@ -128,78 +132,101 @@ def sole_worker(folder: Path):
         except BlockingIOError: raise ValueError(f'a folder of studies must have one worker at a time, got a second one in {folder}: another `ccc ablate`, or runs that one has left behind') from None
         yield lock.fileno()
 
-# %% ../nbs/09b_studies.ipynb #a83a0d30
+# %% ../nbs/09b_studies.ipynb #1f75bdac
 def train_words(planned: Planned, base: Config, folder: Path) -> list:  # of a command line
     "The command of a run: begun, or gone on with."
     if planned.run is not None: return ['train', '--resume', str(planned.run)]
-    own = dict(log_dir=str(folder / row_name(planned.config, base)), warmup_store=str(folder / 'warmups') if shares_warmup(planned.config) else 'none')
+    row = row_name(planned.config, base)
+    own = dict(log_dir=str(folder / row), ckpt_dir=planned.config.ckpt_dir if planned.config.ckpt_dir == 'ckpt' else str(Path(planned.config.ckpt_dir) / row), warmup_store=str(folder / 'warmups') if shares_warmup(planned.config) else 'none')
     return shlex.split(command(replace(planned.config, **own)))[1:]
 
-# %% ../nbs/09b_studies.ipynb #b37dc735
-def pace_key(config: Config) -> list:
+# %% ../nbs/09b_studies.ipynb #c55c68c6
+def pace_key(config: Config, jobs: int) -> str:
     "What two runs must have in common to take about as long an epoch."
-    return [config.dataset, config.subset_ids, config.arch, config.height, config.width, config.batch_size, config.iters]
+    return json.dumps([config.dataset, config.subset_ids, config.arch, config.height, config.width, config.batch_size, config.iters, config.device, jobs])
 
-def known_pace(folder) -> dict:  # pace_key as JSON: seconds an epoch
+def known_pace(folder) -> dict:  # pace_key: seconds an epoch
     "The median pace of the finished runs of each kind."
     path, paces = Path(folder) / 'pace.jsonl', {}
     for line in path.read_text().splitlines() if path.exists() else []:
         told = json.loads(line)
-        paces.setdefault(json.dumps(told['kind']), []).append(told['seconds'] / told['epochs'])
+        if told['epochs']: paces.setdefault(told['kind'], []).append(told['seconds'] / told['epochs'])
     return {kind: float(np.median(p)) for kind, p in paces.items()}
 
-# %% ../nbs/09b_studies.ipynb #cab040d1
+# %% ../nbs/09b_studies.ipynb #9aee2a4c
 class Runs:
     "Processes that train, at most `jobs` at a time."
     def __init__(self, planned: list, base: Config, folder: Path, jobs: int | None, lock: int):
-        gpus = visible_gpus()
-        jobs = jobs or max(1, len(gpus))
-        self.base, self.folder, self.lock, self.processes, self.stopping = base, folder, lock, set(), False
-        self.slots, self.threads = queue.Queue(), str(max(1, len(os.sched_getaffinity(0)) // jobs))
-        for i in range(jobs): self.slots.put(gpus[i % len(gpus)] if gpus else '')
-        self.pool = ThreadPoolExecutor(jobs)
-        self.futures = {self.pool.submit(self.train, p): p for p in planned}
+        gpus = visible_gpus(base)
+        self.jobs = jobs or max(1, len(gpus))
+        self.base, self.folder, self.lock, self.processes, self.stopping, self.guard = base, folder, lock, set(), False, threading.Lock()
+        self.slots, self.threads = queue.Queue(), str(max(1, len(os.sched_getaffinity(0)) // self.jobs))
+        for i in range(self.jobs): self.slots.put(gpus[i % len(gpus)] if gpus else '')
+        self.led = {}                                     # warm-up: event, set when the first run that makes it has ended
+        self.pool = ThreadPoolExecutor(self.jobs)
+        self.futures = {self.pool.submit(self.train, p, self.led.get(warmup_key(p.config)), self.led.setdefault(warmup_key(p.config), threading.Event())): p for p in planned}
 
-    def train(self, planned: Planned) -> str:  # '' or what went wrong
-        "One run, from beginning to end."
-        gpu, log, start = self.slots.get(), self.folder / row_name(planned.config, self.base) / f'seed{planned.config.seed}.log', time.perf_counter()
-        if self.stopping: return 'stopped'
+    def train(self, planned: Planned, wait_for: threading.Event | None, ended: threading.Event) -> str:  # '' or what went wrong
+        "One run, from beginning to end, after the run whose warm-up it shares."
+        if wait_for: wait_for.wait()
+        gpu = self.slots.get()
+        try: return self.process(planned, gpu)
+        except OSError as e: return str(e)
+        finally:
+            self.slots.put(gpu)
+            ended.set()
+
+    def process(self, planned: Planned, gpu: str) -> str:  # '' or what went wrong
+        "One process; what it prints is added to a file beside the run."
+        log, start = self.folder / row_name(planned.config, self.base) / f'seed{planned.config.seed}.log', time.perf_counter()
         log.parent.mkdir(exist_ok=True)
-        surroundings = os.environ | (dict(CUDA_VISIBLE_DEVICES=gpu) if gpu else dict(OMP_NUM_THREADS=self.threads))
-        with open(log, 'a') as out:                       # its own session: Ctrl-C reaches us alone, and we ask it to stop
-            process = subprocess.Popen([sys.executable, '-m', 'ccc', *train_words(planned, self.base, self.folder)], stdout=out, stderr=out,
-                                       env=surroundings, pass_fds=(self.lock,), start_new_session=True)
-            self.processes.add(process)
+        surroundings = os.environ | dict(OMP_NUM_THREADS=self.threads) | (dict(CUDA_VISIBLE_DEVICES=gpu) if gpu else {})
+        with open(log, 'a') as out:
+            before = out.tell()
+            with self.guard:                              # its own session: Ctrl-C reaches us alone, and we ask it to stop
+                if self.stopping: return 'stopped'
+                process = subprocess.Popen([sys.executable, '-m', 'ccc', *train_words(planned, self.base, self.folder)], stdout=out, stderr=out,
+                                           env=surroundings, pass_fds=(self.lock,), start_new_session=True)
+                self.processes.add(process)
             code = process.wait()
         self.processes.discard(process)
-        self.slots.put(gpu)
-        if code: return (log.read_text().strip().splitlines() or [f'ended with code {code}'])[-1]
-        with open(self.folder / 'pace.jsonl', 'a') as f: f.write(json.dumps(dict(kind=pace_key(planned.config), epochs=planned.left, seconds=time.perf_counter() - start)) + '\n')
+        if code: return (log.read_text()[before:].strip().splitlines() or [f'ended with code {code} and said nothing'])[-1]
+        self.keep_pace(planned, time.perf_counter() - start)
         return ''
+
+    def keep_pace(self, planned: Planned, seconds: float):
+        "Notes how long the epochs took that were trained; those of a warm-up from the store were not."
+        run = find_runs(self.folder)[run_key(planned.config)]
+        taken = planned.config.warmup_iters * (planned.run is None and shares_warmup(planned.config) and not (run / 'warmup.json').exists())
+        told = dict(kind=pace_key(planned.config, self.jobs), epochs=planned.left - taken, seconds=seconds / self.jobs)
+        with open(self.folder / 'pace.jsonl', 'a') as f: f.write(json.dumps(told) + '\n')
 
     def stop(self):
         "Begins no further run, asks those under way to save, and waits for them."
-        self.stopping = True
-        for p in list(self.processes): p.terminate()
+        with self.guard:
+            self.stopping = True
+            for p in self.processes: p.terminate()
+        for event in self.led.values(): event.set()
         self.pool.shutdown(cancel_futures=True)
 
-def visible_gpus() -> list:  # as of CUDA_VISIBLE_DEVICES
-    "The GPUs this process may use."
+def visible_gpus(config: Config) -> list:  # as of CUDA_VISIBLE_DEVICES
+    "The GPUs that runs of these settings may use."
+    if config.device == 'cpu': return []
     import torch
     named = os.environ.get('CUDA_VISIBLE_DEVICES')
     return (named.split(',') if named else list(map(str, range(torch.cuda.device_count())))) if torch.cuda.is_available() else []
 
-# %% ../nbs/09b_studies.ipynb #128fc54e
+# %% ../nbs/09b_studies.ipynb #2576d4a7
 def missing_weights(configs: list) -> dict:  # (arch, weights): reason
     "Networks that cannot be built here, each tried once."
     from ccc.training import make_network
     reasons = {}
     for config in {(c.arch, c.resnet_pretrained): c for c in configs}.values():
         try: make_network(config)
-        except (OSError, ImportError, ValueError) as e: reasons[config.arch, config.resnet_pretrained] = str(e)
+        except (OSError, ImportError, ValueError, RuntimeError) as e: reasons[config.arch, config.resnet_pretrained] = str(e)
     return reasons
 
-# %% ../nbs/09b_studies.ipynb #fa923d6c
+# %% ../nbs/09b_studies.ipynb #958c4a12
 def ablate(configs: list,  # of `study_configs`
            base: Config,  # of `study_base`
            folder,  # where the runs are kept
@@ -220,10 +247,8 @@ def ablate(configs: list,  # of `study_configs`
                 p, why = runs.futures[future], future.result()
                 if why: left_out[p.name] = why
                 print(f'{n}/{len(runs.futures)}  {p.name}: {why or last_line(find_runs(folder)[run_key(p.config)])}', flush=True)
-        except Stopped as stop:
-            runs.stop()
-            raise Stopped(stop.signal, f'stopped by {stop}; runs under way are saved, the same command goes on') from None
-        runs.pool.shutdown()
+        except Stopped as stop: raise Stopped(stop.signal, f'stopped by {stop}; runs under way are saved, the same command goes on') from None
+        finally: runs.stop()                              # after the last run there is nothing left to stop
     return left_out
 
 def last_line(run: Path) -> str:
@@ -258,32 +283,33 @@ def kept_warmups(folder) -> list:  # settings, a dict each
     "The warm-ups in the store of a folder of studies."
     return [json.loads(p.read_text())['told']['settings'] for p in Path(folder).glob('warmups/*/warmup.json')]
 
-# %% ../nbs/09b_studies.ipynb #0454a213
+# %% ../nbs/09b_studies.ipynb #3781db68
 def outlook(planned: list,  # of `plan`
             folder,
             jobs: int | None = None,  # runs at a time, as of `ablate`
            ) -> str:
     "What there is to do: runs, what is cached, expected time."
-    jobs = jobs or max(1, len(visible_gpus()))
-    pace, kept, begun, lines, total = known_pace(folder), kept_warmups(folder), set(), [], 0.
+    gpus = visible_gpus(planned[0].config) if planned else []
+    jobs = jobs or max(1, len(gpus))
+    pace, kept, begun, lines, total, to_do = known_pace(folder), kept_warmups(folder), set(), [], 0., 0
     width = max((len(p.name) for p in planned), default=0)
     for p in planned:
-        kind, warm = json.dumps(pace_key(p.config)), warmup_key(p.config)
-        if p.left > 0 and kind not in pace:
-            try: pace[kind] = try_pace(p.config)
-            except (OSError, ImportError, ValueError) as e: pace[kind] = str(e)
+        kind, warm = pace_key(p.config, jobs), warmup_key(p.config)
+        if p.left > 0 and kind not in pace:                       # processes share the cores of a CPU: more at a time are no faster
+            try: pace[kind] = try_pace(p.config) / (min(jobs, len(gpus)) or 1)
+            except (OSError, ImportError, ValueError, RuntimeError) as e: pace[kind] = str(e)
         cached = shares_warmup(p.config) and p.done == 0 and (warmup_settings(p.config) in kept or warm in begun)
-        begun.add(warm)
+        if p.left > 0 and not isinstance(pace[kind], str): begun.add(warm)
         left = p.left - p.config.warmup_iters * cached
         state = 'finished' if p.left <= 0 else f'{p.done} of {p.config.num_epochs} epochs done' if p.run else 'missing'
         if isinstance(seconds := pace.get(kind, 0.), str): told = f'left out: {seconds}'
         else:
-            total += left * seconds
+            total, to_do = total + left * seconds, to_do + (p.left > 0)
             told = f'{left * seconds:7.0f} s' if p.left > 0 else ''
         lines.append(f'{p.name:{width}}  {state:26} {"warm-up cached" if cached else "":15}{told}'.rstrip())
-    return '\n'.join([*lines, f'{sum(p.left > 0 for p in planned)} of {len(planned)} runs to do, about {total / jobs / 60:.1f} min with {jobs} at a time'])
+    return '\n'.join([*lines, f'{to_do} of {len(planned)} runs to do, about {total / 60:.1f} min with {jobs} at a time'])
 
-# %% ../nbs/09b_studies.ipynb #5c65d2ec
+# %% ../nbs/09b_studies.ipynb #cc6ec3c8
 @dataclass
 class Result:
     "The scores of a finished run, fractions."
@@ -299,17 +325,21 @@ class Result:
         "The evaluated epoch of highest mAP: chosen on the test set."
         return max((r for r in self.rows if 'mAP' in r), key=lambda r: r['mAP'])
 
-def results(folder) -> dict:  # run_key: Result
-    "The finished runs of a folder of studies; ValueError if they were not made from the same data."
+def results(folder,
+            configs: list | None = None,  # of `study_configs`; None: all that is there
+           ) -> dict:  # run_key: Result
+    "The finished runs of a folder of studies; ValueError if they do not compare, being from other data or in other arithmetic."
     from ccc.runs import read_metrics
-    found, data = {}, set()
+    found, made = {}, set()
+    wanted = None if configs is None else set(map(run_key, configs))
     for key, run in find_runs(folder).items():
+        if wanted is not None and key not in wanted: continue
         told = json.loads((run / 'config.json').read_text())
         done = Result(Config(**told['config']), run, read_metrics(run))
         if len(done.rows) < done.config.num_epochs or 'mAP' not in done.last: continue
         found[key] = done
-        data.add((done.config.dataset, told['data']['fingerprint']))
-    if len({d for d, _ in data}) < len(data): raise ValueError(f'runs of a study must be made from the same data, got {sorted(data)} in {folder}')
+        made.add((told['data']['fingerprint'], told.get('device'), told.get('arithmetic', {}).get('precision')))
+    if len(made) > 1: raise ValueError(f'runs of a study must be made from the same data, on one kind of device in one precision; got {sorted(map(str, made))} in {folder}')
     return found
 
 # %% ../nbs/09b_studies.ipynb #3793c7de

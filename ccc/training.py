@@ -476,7 +476,7 @@ def warmup_folder(store: str, told: dict) -> Path:  # `warmup_store`, of `descri
     import hashlib
     return Path(store).expanduser() / hashlib.sha1(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
-# %% ../nbs/08_training.ipynb #0e8e8a93
+# %% ../nbs/08_training.ipynb #d2f0ad99
 def leave_warmup(trainer, told: dict):  # of `describe_warmup`
     "Puts the warm-up that has just ended into the store: labels, numbers and checkpoints."
     folder, last = warmup_folder(trainer.config.warmup_store, told), trainer.epoch - 1
@@ -487,7 +487,10 @@ def leave_warmup(trainer, told: dict):  # of `describe_warmup`
     for name in (f'epoch_{last:03d}.pt', 'best.pt'):
         if (path := trainer.checkpoint_dir / name).exists(): shutil.copy(path, part)
     write_file(part / 'warmup.json', lambda f: f.write(json.dumps(dict(told=told, made_by=trainer.run.name), indent=1).encode()))
-    part.rename(folder)
+    try: part.rename(folder)
+    except OSError:                                       # another run of the same description was quicker
+        if not folder.is_dir(): raise
+        shutil.rmtree(part)
 
 def take_warmup(trainer, told: dict) -> str:  # of `describe_warmup` -> what was taken; '' if there is none
     "Brings a warm-up of the very same description from the store into the run's folder."

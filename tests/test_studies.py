@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from ccc.runs import read_metrics
-from ccc.studies import (NETWORKS, STUDIES, Result, ablate, find_runs, fitted, outlook, paired, plan, results, run_key, scores, sole_worker, study_base, study_configs, study_rows,
-                         study_table, warmup_key)
+from ccc.studies import (NETWORKS, STUDIES, Planned, ablate, find_runs, fitted, known_pace, outlook, pace_key, paired, plan, results, run_key, scores, sole_worker, study_base, study_configs, study_rows,
+                         study_table, train_words, warmup_key)
 
 TABLES = {'1': 'clusterers', '2': 'rules', '4': 'backbones'}
 NAMES = dict(resnet50=('resnet50', 'V1'), resnet50_v2=('resnet50', 'V2'), resnet_ibn50a=('resnet_ibn50a', 'V1'))
@@ -162,6 +162,52 @@ def test_runs_from_other_data_are_not_mixed(tmp_path):
     fake(tmp_path, base, .5)
     fake(tmp_path, replace(base, seed=2), .6, data='another')
     with pytest.raises(ValueError, match='the same data'): results(tmp_path)
+    assert len(results(tmp_path, [base])) == 1             # another base beside it does not matter
+
+
+def test_another_evaluation_is_another_run(tmp_path):
+    base = study_base('city')
+    fake(tmp_path, base, .5)
+    for other in (replace(base, rerank=True), replace(base, eval_dist='Cosine')): assert plan([other], base, tmp_path)[0].left == base.num_epochs and not scores(other, results(tmp_path))
+
+
+def test_of_two_the_same_the_one_with_more_epochs_counts(tmp_path):
+    base = study_base('city')
+    fake(tmp_path, base, .5)
+    fake(tmp_path, base, .9, epochs=3)
+    assert plan([base], base, tmp_path)[0].left == 0 and scores(base, results(tmp_path)) == {1: .5}
+
+
+@pytest.mark.parametrize('text', ['{}', '{"config": {"from_the_future": 1}}', '{"config": {"iters": 0}}', '{"conf'])
+def test_settings_that_cannot_be_read_are_left_alone(tmp_path, text):
+    base = study_base('city')
+    fake(tmp_path, base, .5)
+    (tmp_path / 'other' / 'run').mkdir(parents=True)
+    (tmp_path / 'other' / 'run' / 'config.json').write_text(text)
+    with pytest.warns(UserWarning, match='left alone'): assert len(find_runs(tmp_path)) == 1
+
+
+def test_a_run_that_cannot_start_stops_nothing_else(tmp_path, monkeypatch):
+    import ccc.studies as studies
+
+    def refused(*_, **__): raise OSError(24, 'Too many open files')
+    monkeypatch.setattr(studies.subprocess, 'Popen', refused)
+    base = study_base('city', device='cpu')
+    left_out = ablate([replace(base, seed=s) for s in (1, 2, 3)], base, tmp_path, jobs=1)
+    assert len(left_out) == 3 and all('Too many open files' in why for why in left_out.values())
+    with sole_worker(tmp_path): pass
+
+
+def test_checkpoints_elsewhere_are_kept_apart():
+    base = study_base('city', ckpt_dir='somewhere')
+    words = [train_words(Planned(replace(base, clustering=c), ''), base, Path('x')) for c in ('hdc', 'kmeans')]
+    assert len({w[w.index('--ckpt-dir') + 1] for w in words}) == 2
+
+
+def test_pace_counts_the_epochs_that_were_trained(tmp_path):
+    kind = pace_key(study_base('city'), 2)
+    (tmp_path / 'pace.jsonl').write_text('\n'.join(json.dumps(dict(kind=kind, epochs=e, seconds=s)) for e, s in ((10, 20), (8, 8), (0, 3), (10, 30))) + '\n')
+    assert known_pace(tmp_path) == {kind: 2.} and kind != pace_key(study_base('city'), 1)
 
 
 def test_best_is_not_last(tmp_path):
@@ -193,7 +239,7 @@ def test_several_gpus_have_one_run_each_at_a_time(tmp_path, monkeypatch):
             busy.discard(self.gpu)
             return 1
 
-    monkeypatch.setattr(studies, 'visible_gpus', lambda: ['0', '3'])
+    monkeypatch.setattr(studies, 'visible_gpus', lambda config: ['0', '3'])
     monkeypatch.setattr(studies.subprocess, 'Popen', Process)
     base = study_base('city')
     left_out = ablate([replace(base, seed=s) for s in range(6)], base, tmp_path)

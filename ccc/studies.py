@@ -153,7 +153,7 @@ def known_pace(folder) -> dict:  # pace_key: seconds an epoch
         if told['epochs']: paces.setdefault(told['kind'], []).append(told['seconds'] / told['epochs'])
     return {kind: float(np.median(p)) for kind, p in paces.items()}
 
-# %% ../nbs/09b_studies.ipynb #9aee2a4c
+# %% ../nbs/09b_studies.ipynb #1bf515ca
 class Runs:
     "Processes that train, at most `jobs` at a time."
     def __init__(self, planned: list, base: Config, folder: Path, jobs: int | None, lock: int):
@@ -209,6 +209,7 @@ class Runs:
         for event in self.led.values(): event.set()
         self.pool.shutdown(cancel_futures=True)
 
+# %% ../nbs/09b_studies.ipynb #d4ab1b22
 def visible_gpus(config: Config) -> list:  # as of CUDA_VISIBLE_DEVICES
     "The GPUs that runs of these settings may use."
     if config.device == 'cpu': return []

@@ -1,4 +1,4 @@
-"`.ci/chromium` on machines made of three lines each: with a browser, without one, and where the distribution's package is a stub."
+"`.ci/chromium` on machines made of three lines each (with a browser, without one, where the distribution's package is a stub), and what `tests/run.sh` leaves on the disk."
 import os
 import shutil
 import subprocess
@@ -58,3 +58,17 @@ def test_failures_are_not_swallowed(tmp_path):
     (other := tmp_path / 'other').mkdir()
     done, _ = machine(other)
     assert done.returncode == 1 and 'no apt-get' in done.stderr
+
+
+@pytest.mark.parametrize('status', [0, 1])
+def test_a_test_run_leaves_nothing_on_the_disk(tmp_path, status):
+    "CI failed once on a disk that earlier runs had filled: whatever a notebook or a test leaves in the temporary folder, killed or not, goes with the run."
+    for name in ('tests', 'bin', 'tmp'): (tmp_path / name).mkdir()
+    script = shutil.copy(SCRIPT.parent.parent / 'tests/run.sh', tmp_path / 'tests')
+    leaves = '#!/bin/sh\nls "$TMPDIR" | wc -l >> "$LOG"\necho weights > "$TMPDIR/left.$$"\n'
+    for name, code in dict(nbdev_test=0, python=status).items():
+        (tmp_path / 'bin' / name).write_text(leaves + (f'case "$*" in *pytest*) exit {code};; esac\n'))
+        (tmp_path / 'bin' / name).chmod(0o755)
+    done = subprocess.run(['bash', script], env=dict(PATH=f'{tmp_path}/bin:{os.environ["PATH"]}', TMPDIR=str(tmp_path / 'tmp'), LOG=str(tmp_path / 'log')))
+    assert done.returncode == status and not list((tmp_path / 'tmp').iterdir())
+    assert (tmp_path / 'log').read_text().split() == ['0', '1', '0']         # pytest starts without what the notebooks left

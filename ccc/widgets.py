@@ -145,14 +145,15 @@ def _discrete(n):
 
 _SYMBOLS = [0, 1, 5, 2, 6, 3, 14, 7, 13, 8, 17]       # plotly's numbers for the shapes of ccc.viz, in their order; 4, the cross, is kept for outliers
 
-# %% ../nbs/05b_widgets.ipynb #39aa9769
+# %% ../nbs/05b_widgets.ipynb #138dab87
 def _look(history, kind, e, index):
     "Colour values, marker symbols and the scale for the points `index` coloured by `kind` in epoch `e`; outliers are grey crosses whatever the kind."
     out = history.labels[e, index] < 0
     if kind == 'confidence':
         sure = history.confidence[:, index]
         low, high = np.percentile(sure, [2, 98])
-        return dict(color=history.confidence[e, index], symbol=np.where(out, 4, 0), colorscale='Viridis', cmin=float(low), cmax=float(max(high, low + 1e-6)), showscale=True)
+        if low == high: low, high = 0, 1
+        return dict(color=history.confidence[e, index], symbol=np.where(out, 4, 0), colorscale='Viridis', cmin=float(low), cmax=float(high), showscale=True)
     groups = {'cluster': history.labels[e], 'camera': history.camids, 'person': history.pids}[kind][index]
     few = _coloured(history.labels[-1, index] if kind == 'cluster' else groups)
     place = np.searchsorted(few, groups).clip(max=max(len(few) - 1, 0)) if len(few) else np.zeros(len(groups), int)
@@ -165,7 +166,7 @@ def _marker(history, kind, e, index, size):
     look, out = _look(history, kind, e, index), history.labels[e, index] < 0
     return look | dict(size=np.where(out, .8 * size, size).astype(np.float32), opacity=np.where(out, .6, .9).astype(np.float32), line=dict(width=0))
 
-# %% ../nbs/05b_widgets.ipynb #6c6668a3
+# %% ../nbs/05b_widgets.ipynb #2889b6e3
 def _frame_axes(fig, maps):
     "One frame for all epochs, so that a point that stays is seen to stay."
     low, high = maps.min((0, 1)), maps.max((0, 1))
@@ -177,15 +178,25 @@ def _figure_widget(history, looks, e, index, size):
     "Two linked maps side by side."
     from plotly.subplots import make_subplots
     _, go = _widgets()
-    fig = go.FigureWidget(make_subplots(1, 2, subplot_titles=looks, horizontal_spacing=.03))
+    fig = make_subplots(1, 2, subplot_titles=looks, horizontal_spacing=.03)
     at = history.maps[e]
     for c, kind in enumerate(looks, 1):
         fig.add_trace(go.Scattergl(x=at[:, 0], y=at[:, 1], mode='markers', marker=_marker(history, kind, e, index, size), hoverinfo='none', showlegend=False), row=1, col=c)
     fig.update_xaxes(showticklabels=False, zeroline=False, showgrid=False, matches='x')
     fig.update_yaxes(showticklabels=False, zeroline=False, showgrid=False, matches='y', scaleanchor='x')
     fig.update_layout(height=430, width=880, margin=dict(l=10, r=10, t=30, b=10), template='plotly_white', dragmode='pan', hovermode='closest', uirevision='kept')
+    fig = _opened_complete(fig)
     fig._config = fig._config | dict(scrollZoom=True)
+    fig.open(complete=True)
     return fig
+
+def _opened_complete(fig):
+    "A figure as a widget that tells the page of itself when it is complete. plotly's own tells of an empty figure and sends the points after it, which a page that takes over two seconds to load plotly never gets (anywidget 0.11)."
+    _, go = _widgets()
+    class Figure(go.FigureWidget):
+        def open(self, complete=False):
+            if complete: super().open()
+    return Figure(fig)
 
 # %% ../nbs/05b_widgets.ipynb #0d34901e
 def _path_marks(path, here, radius, axis):
@@ -195,7 +206,7 @@ def _path_marks(path, here, radius, axis):
     style = dict(xref=f'x{axis}', yref=f'y{axis}', line=dict(color='black', width=1.5))
     return [dict(type='path', path=line, **style), dict(type='circle', **ends, **style)]
 
-# %% ../nbs/05b_widgets.ipynb #db14890d
+# %% ../nbs/05b_widgets.ipynb #902b1917
 class Explorer:
     "The state of one view: `epoch` (its place in the history), `left` and `right` colouring; `show`, `hover` and `open` do what slider and mouse do."
     def __init__(self,
@@ -207,27 +218,31 @@ class Explorer:
         keep = sample_points(len(history.index), max_points)
         self.history, self.index = History(**vars(history) | dict(maps=history.maps[:, keep], index=history.index[keep])), history.index[keep]
         self.size, looks = size or float(np.clip(160 / len(keep) ** .5, 3, 8)), _looks(history)
-        self.epoch, self.left, self.right = len(history.epochs) - 1, looks[0], looks[-1] if len(looks) > 2 else looks[1]
+        self.slider = widgets.SelectionSlider(options=[(str(e + 1), k) for k, e in enumerate(history.epochs)], value=len(history.epochs) - 1, description='epoch')
+        self.menus = [widgets.Dropdown(options=looks, value=v, description=n, layout=dict(width='200px')) for v, n in ((looks[0], 'left'), (looks[-1] if len(looks) > 2 else looks[1], 'right'))]
         self.figure = _figure_widget(self.history, (self.left, self.right), self.epoch, self.index, self.size)
-        self.slider = widgets.SelectionSlider(options=[(str(e + 1), k) for k, e in enumerate(history.epochs)], value=self.epoch, description='epoch')
-        self.menus = [widgets.Dropdown(options=looks, value=v, description=n, layout=dict(width='200px')) for v, n in ((self.left, 'left'), (self.right, 'right'))]
         self.text, self.card, self.page = (widgets.HTML() for _ in range(3))
         self.text.value = _headline(self.history, self.epoch)
         self._connect()
 
+    epoch = property(lambda self: self.slider.value)
+    left, right = (property(lambda self, side=side: self.menus[side].value) for side in (0, 1))
+
     def _connect(self):
         "Slider, menus and mouse call our methods."
-        self.slider.observe(lambda c: self.show(epoch=c.new), 'value')
-        for menu, side in zip(self.menus, ('left', 'right')): menu.observe(lambda c, side=side: self.show(**{side: c.new}), 'value')
+        for control in (self.slider, *self.menus): control.observe(lambda c: self._draw(), 'value')
         for cloud in self.figure.data:
             cloud.on_hover(lambda trace, points, state: points.point_inds and self.hover(points.point_inds[0]))
             cloud.on_click(lambda trace, points, state: points.point_inds and self.click(points.point_inds[0]))
 
     def show(self, epoch=None, left=None, right=None):
-        "Draws an epoch, or another colouring; what is None stays."
-        h, before = self.history, (self.epoch, self.left, self.right)
-        self.epoch, self.left, self.right = (b if v is None else v for v, b in zip((epoch, left, right), before))
-        at, fig = h.maps[self.epoch], self.figure
+        "Sets the slider to an epoch (its place in the history), the menus to other colourings; what is None stays."
+        for control, value in zip((self.slider, *self.menus), (epoch, left, right)):
+            if value is not None: control.value = value
+
+    def _draw(self):
+        "Draws what slider and menus say."
+        h, at, fig = self.history, self.history.maps[self.epoch], self.figure
         with fig.batch_update():
             for cloud, kind, title in zip(fig.data, (self.left, self.right), fig.layout.annotations):
                 cloud.update(x=at[:, 0], y=at[:, 1], marker=_marker(h, kind, self.epoch, self.index, self.size))

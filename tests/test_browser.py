@@ -118,6 +118,23 @@ class Split:
     def image(self, i): return np.full((64, 32, 3), i % 255, np.uint8)'''
 
 
+LATE = """(() => { const Blob = window.Blob; window.Blob = class extends Blob { constructor(parts, options) {
+    const text = parts?.[0]; super(typeof text === 'string' && text.length > 1e6 ? ['await new Promise(done => setTimeout(done, 4000));\\n', text] : parts, options) } } })()"""
+
+
+def test_points_appear_on_a_page_that_is_slow_to_load_plotly(lab, page, shot):
+    "anywidget waits two seconds for a widget's code, then drops what the kernel has sent: a busy machine showed empty axes. Here the code is 4 s late."
+    address, root = lab
+    cells = [nbformat.v4.new_code_cell(f'{MANY}\nexplore_map(xy[:500], labels[:500])')]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=dict(name='python3', display_name='python3', language='python'))), root/'late.ipynb')
+    page.open(address, 'late.ipynb')
+    page.js(LATE)
+    assert page.run_all(120) == []
+    page.until('document.querySelectorAll(".gl-container canvas").length >= 2', 60)
+    assert page.js('document.querySelector(".js-plotly-plot").data.map(d => d.x.length)') == [500, 500]
+    shot('late_points')
+
+
 def test_twelve_thousand_points(lab, page, shot):
     "As many images as Market-1501 has for training: the view is there within five seconds, answers to the pointer, and the page keeps drawing."
     address, root = lab

@@ -52,6 +52,14 @@ def test_clusters_are_scaled_only_off_the_benchmarks():
     assert fitted(row, study_base('market1501', subset_ids=100, num_clusters=100))['num_clusters'] == 200
 
 
+def test_other_networks_are_short_on_the_city_alone():
+    rows = STUDIES['backbones']
+    epochs = {r['arch']: fitted(r, study_base('city')).get('num_epochs') for r in rows}
+    assert epochs.pop('small') is None and set(epochs.values()) == {4}
+    assert all(fitted(r, study_base('city', num_epochs=2)).get('num_epochs', 2) == 2 for r in rows)
+    assert all(fitted(r, study_base('market1501', subset_ids=100)) == fitted(r, study_base('veri')) == r for r in rows)
+
+
 def test_what_does_not_shape_the_weights_makes_no_other_run():
     a = study_base('city')
     assert run_key(a) == run_key(replace(a, log_dir='elsewhere', maps=True, num_workers=3, notes='x', eval_step_epoch=1))

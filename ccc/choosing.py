@@ -87,9 +87,9 @@ def suggest_eps(x,                   # (N, D) embeddings, unit norm
     if graph is None: graph = build_graph(x, k1=k1, k2=k2)
     return _tried('eps', x, graph, radii, lambda eps: dict(method='dbscan', eps=eps, min_instances=min_instances))
 
-# %% ../nbs/09c_choosing.ipynb #ec8c8f24
+# %% ../nbs/09c_choosing.ipynb #944a6d47
 def suggest_n_clusters(x,                     # (N, D) embeddings, unit norm
-                       candidates=None,       # numbers of clusters; None: 0.5 to 2.8 times what DBSCAN finds at `suggest_eps`
+                       candidates=None,       # numbers of clusters; None: 0.7 to 1.4 times what DBSCAN at `suggest_eps` would find if it left no outliers
                        method: str = 'hdc',   # or 'kmeans'
                        *, graph=None,         # their Jaccard graph, where it is at hand
                        min_instances: int = 4,     # members a cluster needs
@@ -101,9 +101,10 @@ def suggest_n_clusters(x,                     # (N, D) embeddings, unit norm
     if graph is None: graph = build_graph(x, k1=k1, k2=k2)
     if candidates is None:
         eps = suggest_eps(x, graph=graph, min_instances=min_instances)
-        found = eps.told['n_clusters'][eps.scores.argmax()]
+        found, outliers = (eps.told[k][eps.scores.argmax()] for k in ('n_clusters', 'n_outliers'))
         if found < 2: raise ValueError(f'candidates for n_clusters must be given where DBSCAN finds fewer than two clusters, got {found}')
-        candidates = {min(max(2, round(found * f)), len(x)) for f in (.5, .7, 1, 1.4, 2, 2.8)}
+        whole = found / (1 - outliers / len(x))                       # had the outliers come in clusters of the same size
+        candidates = {min(max(2, round(whole * f)), len(x)) for f in (.7, .85, 1, 1.2, 1.4)}
     candidates = sorted(int(c) for c in candidates)
     if not candidates or candidates[0] < 2 or candidates[-1] > len(x): raise ValueError(f'candidates for n_clusters must lie in 2..N, got {candidates} with N={len(x)}')
     return _tried('n_clusters', x, graph, candidates, lambda k: dict(method=method, n_clusters=k, min_instances=min_instances, random_state=random_state, **options))

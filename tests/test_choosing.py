@@ -37,7 +37,16 @@ def test_plain_groups_are_found():
     assert s.value == 12 and s.scores.argmax() == 2 and 'edge' not in str(s)
     eps = suggest_eps(x, k1=20, k2=4)
     assert make_labels(x, 'dbscan', eps=eps.value, k1=20, k2=4).n_clusters == 12 and eps.told['n_clusters'][eps.candidates.index(eps.value)] == 12
-    assert len(suggest_n_clusters(x, k1=20, k2=4).candidates) == 6
+    s = suggest_n_clusters(x, k1=20, k2=4)
+    assert s.value == 12 and s.candidates == [8, 10, 12, 14, 17]
+
+
+def test_clusters_are_looked_for_where_outliers_would_bring_them():
+    "Candidates lie around DBSCAN's number, scaled up as if its outliers came in clusters, too."
+    x, _, _ = toy_embeddings(n_ids=30, camera_shift=.8, noise=1.1)
+    eps, s = suggest_eps(x, k1=20, k2=4), suggest_n_clusters(x, k1=20, k2=4)
+    n, out = (eps.told[k][eps.scores.argmax()] for k in ('n_clusters', 'n_outliers'))
+    assert out > len(x) / 5 and s.candidates[2] == round(n / (1 - out / len(x))) > n
     assert 'at the edge' in str(suggest_n_clusters(x, [3, 6], 'kmeans', k1=20, k2=4))
 
 

@@ -1,6 +1,7 @@
 "The command line: options under their published names, errors of one line, small commands end to end."
 import csv
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -111,6 +112,11 @@ def test_commands_end_to_end(tmp_path, monkeypatch, capsys):
     assert 'kept in logs/city-seed999' in capsys.readouterr().out
     assert main(['train', '--resume', 'logs/city-seed999']) == 0 and '2 epochs' in capsys.readouterr().out
     assert main(['evaluate', 'logs/city-seed999', '--rerank', '--best']) == 0 and 're-ranked: mAP' in capsys.readouterr().out
+    assert main(['suggest', '--run', 'logs/city-seed999']) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[2].startswith('epoch 2:') and train_options(['--recipe', 'city', *told[-1].split()]).config.dbscan_eps == float(told[0].split(':')[0].removeprefix('eps '))
+    shutil.rmtree('logs/city-seed999/checkpoints')                                       # nothing left that could look at the images
+    with pytest.raises(ValueError, match='needs a checkpoint'): main(['suggest', '--run', 'logs/city-seed999'])
 
 
 def test_module_runs():

@@ -2,8 +2,11 @@
 
     python tests/benchmarks/choosing.py train 90:0 200:0 90:1 90:0:dbscan     # K:seed[:clustering] of small networks in the city, a minute each; leaves FOLDER/*.npz
     python tests/benchmarks/choosing.py measure                                # table over stages, and shares of the best ARI
+    python tests/benchmarks/choosing.py study logs/ablate-city                 # the same over the runs that `ccc ablate clusterers --seeds 3` has left: before, after the warm-up, at the end
 """
+import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +14,13 @@ import torch
 from sklearn.metrics import adjusted_rand_score
 from torch import nn
 
-from ccc.choosing import label_quality
+from ccc.choosing import label_quality, suggest_eps, suggest_n_clusters
+from ccc.config import warmup_settings
 from ccc.data import city_embeddings, load_dataset
 from ccc.labels import make_labels
+from ccc.model import load
 from ccc.neighbors import jaccard_distance
+from ccc.studies import find_runs, run_key, study_base
 
 FOLDER, EPOCHS = Path('logs/choosing'), (0, 4, 13)
 RADII, KS = np.round(np.arange(.25, .81, .05), 2), (30, 45, 60, 75, 90, 110, 135, 165, 200)
@@ -42,7 +48,19 @@ def alone(labels):
     return np.where(labels < 0, labels.max() + 1 + np.arange(len(labels)), labels)
 
 
-def stages():
+def study_stages(folder):
+    "Embeddings of the training images in the runs of a study."
+    from ccc.training import Trainer
+    city, found = load_dataset('city').train, find_runs(folder)
+    warmups = {json.dumps(json.loads(f.read_text())['told']['settings'], sort_keys=True): f.parent for f in Path(folder).glob('warmups/*/warmup.json')}
+    for part in ('untrained', 'train'): yield f'resnet18 {part}', *city_embeddings(part)[:2]
+    for c in (replace(study_base('city'), seed=seed) for seed in (1, 2, 3)):
+        yield f'untrained, seed {c.seed}', Trainer(c).extract(), city.pids
+        yield f'warm-up, seed {c.seed}', load(warmups[json.dumps(warmup_settings(c), sort_keys=True)] / 'epoch_001.pt').embed(city), city.pids
+        for clustering in ('hdc', 'kmeans', 'dbscan'): yield f'{clustering}, seed {c.seed}', load(found[run_key(replace(c, clustering=clustering))]).embed(city), city.pids
+
+
+def kept_stages():
     seen = set()
     for part in ('untrained', 'train'): yield f'resnet18 {part}', *city_embeddings(part)[:2]
     for file in sorted(FOLDER.glob('*.npz')):
@@ -53,22 +71,26 @@ def stages():
             seen.add(x.tobytes())
 
 
-def measure():
+def measure(stages):
     shares = {}
-    for stage, x, pids in stages():
+    for stage, x, pids in stages:
         graph = jaccard_distance(x, 20, 6)
+        eps = suggest_eps(x, graph=graph)
+        at = eps.scores.argmax()
+        count = round(eps.told['n_clusters'][at] / (1 - eps.told['n_outliers'][at] / len(x)))         # what suggest_n_clusters looks around
         for what, candidates in (('dbscan', RADII), ('hdc', KS), ('kmeans', KS)):
-            made = [make_labels(x, what, graph=graph, random_state=0, **{'eps' if what == 'dbscan' else 'n_clusters': c}) for c in candidates]
-            ari = np.array([adjusted_rand_score(pids, alone(m.labels)) for m in made])
-            signals = dict(silhouette=[label_quality(graph, m) for m in made], clusters=[m.n_clusters for m in made], confidence=[m.confidence.mean() for m in made],
-                           published=[-abs(c - (.6 if what == 'dbscan' else 90)) for c in candidates])
-            told = []
-            for name, s in signals.items():
-                at = int(np.argmax(s))
-                shares.setdefault((what, name), []).append(ari[at] / ari.max())
-                told.append(f'{name} {candidates[at]}: {ari[at]:.3f}')
-            print(f'{stage:24}{what:7} best {candidates[ari.argmax()]}: {ari.max():.3f} | ' + '  '.join(told), flush=True)
+            own = {} if what == 'dbscan' else dict(suggested=suggest_n_clusters(x, method=what, graph=graph).value, count=count)
+            made = {c: make_labels(x, what, graph=graph, random_state=0, **{'eps' if what == 'dbscan' else 'n_clusters': c}) for c in (*candidates, *own.values())}
+            ari = {c: adjusted_rand_score(pids, alone(m.labels)) for c, m in made.items()}
+            signals = dict(silhouette=lambda c: label_quality(graph, made[c]), clusters=lambda c: made[c].n_clusters, confidence=lambda c: made[c].confidence.mean(),
+                           published=lambda c: -abs(c - (.6 if what == 'dbscan' else 90)))
+            chosen = {name: max(candidates, key=signal) for name, signal in signals.items()} | own
+            for name, c in chosen.items(): shares.setdefault((what, name), []).append(ari[c] / max(ari.values()))
+            best = max(ari, key=ari.get)
+            print(f'{stage:24}{what:7} best {best}: {ari[best]:.3f} | ' + '  '.join(f'{name} {c}: {ari[c]:.3f}' for name, c in chosen.items()), flush=True)
     for (what, name), v in shares.items(): print(f'{what:7} by {name:11} share of the best ARI over {len(v)} stages: mean {np.mean(v):.2f}, worst {np.min(v):.2f}')
 
 
-if __name__ == '__main__': train(sys.argv[2:]) if sys.argv[1] == 'train' else measure()
+if __name__ == '__main__':
+    if sys.argv[1] == 'train': train(sys.argv[2:])
+    else: measure(study_stages(sys.argv[2]) if sys.argv[1] == 'study' else kept_stages())

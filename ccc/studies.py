@@ -54,7 +54,7 @@ def study_base(dataset: str = 'city',  # market1501, msmt17, veri or city
     if dataset not in ('city', *BENCHMARKS): raise ValueError(f'dataset of a study must be one of city, {", ".join(BENCHMARKS)}, got {dataset!r}')
     return recipe('city-study' if dataset == 'city' else f'{dataset}-hdc', **settings)
 
-# %% ../nbs/09b_studies.ipynb #c0060a52
+# %% ../nbs/09b_studies.ipynb #2cea2610
 def study_configs(name: str,  # one of `STUDIES`, or 'all'
                   base: Config,  # of `study_base`
                   seeds: int = 3,  # runs of each row: base.seed, base.seed + 1, …
@@ -66,10 +66,11 @@ def study_configs(name: str,  # one of `STUDIES`, or 'all'
     return list({run_key(c): c for c in configs}.values())
 
 def fitted(row: dict, base: Config) -> dict:
-    "A row with its number of clusters scaled to the data, and on the city with at most four epochs of a network that is not the base's."
-    published = base.dataset in BENCHMARKS and base.subset_ids is None
+    "A row with its number of clusters scaled to the data; with the schedule of `city-study`, a network other than its own gets four epochs."
+    published, study = base.dataset in BENCHMARKS and base.subset_ids is None, recipe('city-study')
     scaled = {} if published or 'num_clusters' not in row else dict(num_clusters=round(row['num_clusters'] / 750 * base.num_clusters))
-    short = dict(num_epochs=min(4, base.num_epochs)) if base.dataset == 'city' and row.get('arch', base.arch) != base.arch else {}
+    alike = all(getattr(base, n) == getattr(study, n) for n in ('dataset', 'arch', 'num_epochs'))
+    short = dict(num_epochs=4) if alike and row.get('arch', base.arch) != base.arch else {}
     return row | scaled | short
 
 # %% ../nbs/09b_studies.ipynb #661ec806

@@ -145,14 +145,14 @@ def _discrete(n):
 
 _SYMBOLS = [0, 1, 5, 2, 6, 3, 14, 7, 13, 8, 17]       # plotly's numbers for the shapes of ccc.viz, in their order; 4, the cross, is kept for outliers
 
-# %% ../nbs/05b_widgets.ipynb #138dab87
+# %% ../nbs/05b_widgets.ipynb #9ba124bc
 def _look(history, kind, e, index):
     "Colour values, marker symbols and the scale for the points `index` coloured by `kind` in epoch `e`; outliers are grey crosses whatever the kind."
     out = history.labels[e, index] < 0
     if kind == 'confidence':
         sure = history.confidence[:, index]
-        low, high = np.percentile(sure, [2, 98])
-        if low == high: low, high = 0, 1
+        low, high = np.nanpercentile(sure, [2, 98])
+        if not low < high: low, high = 0, 1
         return dict(color=history.confidence[e, index], symbol=np.where(out, 4, 0), colorscale='Viridis', cmin=float(low), cmax=float(high), showscale=True)
     groups = {'cluster': history.labels[e], 'camera': history.camids, 'person': history.pids}[kind][index]
     few = _coloured(history.labels[-1, index] if kind == 'cluster' else groups)
@@ -206,7 +206,7 @@ def _path_marks(path, here, radius, axis):
     style = dict(xref=f'x{axis}', yref=f'y{axis}', line=dict(color='black', width=1.5))
     return [dict(type='path', path=line, **style), dict(type='circle', **ends, **style)]
 
-# %% ../nbs/05b_widgets.ipynb #902b1917
+# %% ../nbs/05b_widgets.ipynb #4be0e8ab
 class Explorer:
     "The state of one view: `epoch` (its place in the history), `left` and `right` colouring; `show`, `hover` and `open` do what slider and mouse do."
     def __init__(self,
@@ -223,22 +223,30 @@ class Explorer:
         self.figure = _figure_widget(self.history, (self.left, self.right), self.epoch, self.index, self.size)
         self.text, self.card, self.page = (widgets.HTML() for _ in range(3))
         self.text.value = _headline(self.history, self.epoch)
+        self.held = False                                # while several controls are set
         self._connect()
 
     epoch = property(lambda self: self.slider.value)
-    left, right = (property(lambda self, side=side: self.menus[side].value) for side in (0, 1))
+    left = property(lambda self: self.menus[0].value)
+    right = property(lambda self: self.menus[1].value)
 
     def _connect(self):
         "Slider, menus and mouse call our methods."
-        for control in (self.slider, *self.menus): control.observe(lambda c: self._draw(), 'value')
+        for control in (self.slider, *self.menus): control.observe(lambda c: self.held or self._draw(), 'value')
         for cloud in self.figure.data:
             cloud.on_hover(lambda trace, points, state: points.point_inds and self.hover(points.point_inds[0]))
             cloud.on_click(lambda trace, points, state: points.point_inds and self.click(points.point_inds[0]))
 
     def show(self, epoch=None, left=None, right=None):
-        "Sets the slider to an epoch (its place in the history), the menus to other colourings; what is None stays."
-        for control, value in zip((self.slider, *self.menus), (epoch, left, right)):
-            if value is not None: control.value = value
+        "Sets the slider to an epoch (its place in the history), the menus to other colourings, and draws once; what is None stays. ValueError for what the run does not have."
+        looks = self.menus[0].options
+        asked = [a for a in zip(('epoch', 'left', 'right'), (self.slider, *self.menus), (range(len(self.history.epochs)), looks, looks), (epoch, left, right)) if a[3] is not None]
+        for name, _, choices, value in asked:
+            if value not in choices: raise ValueError(f'{name} must be one of {", ".join(map(str, choices))}, got {value!r}')
+        self.held = True
+        for _, control, _, value in asked: control.value = value
+        self.held = False
+        self._draw()
 
     def _draw(self):
         "Draws what slider and menus say."

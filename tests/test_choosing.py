@@ -34,7 +34,7 @@ def test_plain_groups_are_found():
     "Twelve people, well apart: the number is found, and any radius that finds it."
     x, pids, _ = toy_embeddings(n_ids=12, camera_shift=.3, noise=.3)
     s = suggest_n_clusters(x, [6, 9, 12, 16, 24], 'kmeans', k1=20, k2=4)
-    assert s.value == 12 and s.scores.argmax() == 2 and 'edge' not in str(s)
+    assert s.value == 12 and s.at == 2 and 'edge' not in str(s)
     eps = suggest_eps(x, k1=20, k2=4)
     assert make_labels(x, 'dbscan', eps=eps.value, k1=20, k2=4).n_clusters == 12 and eps.told['n_clusters'][eps.candidates.index(eps.value)] == 12
     s = suggest_n_clusters(x, k1=20, k2=4)
@@ -45,7 +45,7 @@ def test_clusters_are_looked_for_where_outliers_would_bring_them():
     "Candidates lie around DBSCAN's number, scaled up as if its outliers came in clusters, too."
     x, _, _ = toy_embeddings(n_ids=30, camera_shift=.8, noise=1.1)
     eps, s = suggest_eps(x, k1=20, k2=4), suggest_n_clusters(x, k1=20, k2=4)
-    n, out = (eps.told[k][eps.scores.argmax()] for k in ('n_clusters', 'n_outliers'))
+    n, out = (eps.told[k][eps.at] for k in ('n_clusters', 'n_outliers'))
     assert out > len(x) / 5 and s.candidates[2] == round(n / (1 - out / len(x))) > n
     assert 'at the edge' in str(suggest_n_clusters(x, [3, 6], 'kmeans', k1=20, k2=4))
 
@@ -60,7 +60,7 @@ def test_a_graph_at_hand_is_used_and_the_same():
 
 @pytest.mark.parametrize('call, says', [
     (lambda x: suggest_eps(x, []), r'got \[\]'), (lambda x: suggest_eps(x, [.5, 1.2]), '1.2'), (lambda x: suggest_n_clusters(x, [1]), '2..N'),
-    (lambda x: suggest_n_clusters(x, [5, 10_000]), 'N=240'), (lambda x: suggest_n_clusters(np.eye(240, dtype=np.float32), k1=2, k2=1), 'fewer than two'), (lambda x: suggest_epoch([]), 'none'),
+    (lambda x: suggest_n_clusters(x, [5, 10_000]), 'N=240'), (lambda x: suggest_n_clusters(np.eye(240, dtype=np.float32), k1=2, k2=1), 'two clusters, got at most 0 from 240 images'), (lambda x: suggest_epoch([]), 'none'),
     (lambda x: suggest_run([RUN, RUN.parent]), 'as many images')])
 def test_errors_name_the_rule(call, says):
     with pytest.raises(ValueError, match=says): call(toy_embeddings()[0])

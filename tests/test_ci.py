@@ -62,7 +62,7 @@ def test_failures_are_not_swallowed(tmp_path):
 
 @pytest.mark.parametrize('status', [0, 1])
 def test_a_test_run_leaves_nothing_on_the_disk(tmp_path, status):
-    "CI failed once on a disk that earlier runs had filled: whatever a notebook or a test leaves in the temporary folder, killed or not, goes with the run."
+    "CI failed once on a disk that earlier runs had filled: whatever a notebook or a test leaves in the temporary folder goes with the run, passed or failed."
     for name in ('tests', 'bin', 'tmp'): (tmp_path / name).mkdir()
     script = shutil.copy(SCRIPT.parent.parent / 'tests/run.sh', tmp_path / 'tests')
     leaves = '#!/bin/sh\nls "$TMPDIR" | wc -l >> "$LOG"\necho weights > "$TMPDIR/left.$$"\n'

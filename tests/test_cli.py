@@ -114,9 +114,15 @@ def test_commands_end_to_end(tmp_path, monkeypatch, capsys):
     assert main(['evaluate', 'logs/city-seed999', '--rerank', '--best']) == 0 and 're-ranked: mAP' in capsys.readouterr().out
     assert main(['suggest', '--run', 'logs/city-seed999']) == 0
     told = capsys.readouterr().out.splitlines()
-    assert told[2].startswith('epoch 2:') and train_options(['--recipe', 'city', *told[-1].split()]).config.dbscan_eps == float(told[0].split(':')[0].removeprefix('eps '))
+    assert told[0].startswith('epoch 2:') and train_options(['--recipe', 'city', *told[-1].split()]).config.dbscan_eps == float(told[1].split(':')[0].removeprefix('eps '))
     shutil.rmtree('logs/city-seed999/checkpoints')                                       # nothing left that could look at the images
     with pytest.raises(ValueError, match='needs a checkpoint'): main(['suggest', '--run', 'logs/city-seed999'])
+    for other in (['--lr', '1'], ['--recipe', 'city'], ['--dataset', 'city']):           # also those that start from other settings
+        for command in (['suggest', '--run'], ['train', '--resume']):
+            with pytest.raises(ValueError, match='goes by the settings of the run'): main([*command, 'logs/city-seed999', *other])
+    for text in ('{}', '{"config": {"colour": 1}}', '{"config":'):
+        Path('logs/city-seed999/config.json').write_text(text)
+        with pytest.raises(ValueError, match='config.json must hold the settings of a run'): main(['suggest', '--run', 'logs/city-seed999'])
 
 
 def test_module_runs():

@@ -14,7 +14,7 @@ import torch
 from sklearn.metrics import adjusted_rand_score
 from torch import nn
 
-from ccc.choosing import label_quality, suggest_eps, suggest_n_clusters
+from ccc.choosing import label_quality, likely_clusters, suggest_eps, suggest_n_clusters
 from ccc.config import warmup_settings
 from ccc.data import city_embeddings, load_dataset
 from ccc.labels import make_labels
@@ -75,9 +75,7 @@ def measure(stages):
     shares = {}
     for stage, x, pids in stages:
         graph = jaccard_distance(x, 20, 6)
-        eps = suggest_eps(x, graph=graph)
-        at = eps.scores.argmax()
-        count = round(eps.told['n_clusters'][at] / (1 - eps.told['n_outliers'][at] / len(x)))         # what suggest_n_clusters looks around
+        count = likely_clusters(suggest_eps(x, graph=graph), len(x))
         for what, candidates in (('dbscan', RADII), ('hdc', KS), ('kmeans', KS)):
             own = {} if what == 'dbscan' else dict(suggested=suggest_n_clusters(x, method=what, graph=graph).value, count=count)
             made = {c: make_labels(x, what, graph=graph, random_state=0, **{'eps' if what == 'dbscan' else 'n_clusters': c}) for c in (*candidates, *own.values())}

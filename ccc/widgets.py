@@ -166,7 +166,7 @@ def _marker(history, kind, e, index, size):
     look, out = _look(history, kind, e, index), history.labels[e, index] < 0
     return look | dict(size=np.where(out, .8 * size, size).astype(np.float32), opacity=np.where(out, .6, .9).astype(np.float32), line=dict(width=0))
 
-# %% ../nbs/05b_widgets.ipynb #2889b6e3
+# %% ../nbs/05b_widgets.ipynb #93d07ee9
 def _frame_axes(fig, maps):
     "One frame for all epochs, so that a point that stays is seen to stay."
     low, high = maps.min((0, 1)), maps.max((0, 1))
@@ -185,18 +185,18 @@ def _figure_widget(history, looks, e, index, size):
     fig.update_xaxes(showticklabels=False, zeroline=False, showgrid=False, matches='x')
     fig.update_yaxes(showticklabels=False, zeroline=False, showgrid=False, matches='y', scaleanchor='x')
     fig.update_layout(height=430, width=880, margin=dict(l=10, r=10, t=30, b=10), template='plotly_white', dragmode='pan', hovermode='closest', uirevision='kept')
-    fig = _opened_complete(fig)
-    fig._config = fig._config | dict(scrollZoom=True)
-    fig.open(complete=True)
-    return fig
+    return _opened_complete(fig, scrollZoom=True)
 
-def _opened_complete(fig):
+def _opened_complete(fig, **config):
     "A figure as a widget that tells the page of itself when it is complete. plotly's own tells of an empty figure and sends the points after it, which a page that takes over two seconds to load plotly never gets (anywidget 0.11)."
     _, go = _widgets()
     class Figure(go.FigureWidget):
         def open(self, complete=False):
             if complete: super().open()
-    return Figure(fig)
+    widget = Figure(fig)
+    widget._config = widget._config | config
+    widget.open(complete=True)
+    return widget
 
 # %% ../nbs/05b_widgets.ipynb #0d34901e
 def _path_marks(path, here, radius, axis):
@@ -206,7 +206,7 @@ def _path_marks(path, here, radius, axis):
     style = dict(xref=f'x{axis}', yref=f'y{axis}', line=dict(color='black', width=1.5))
     return [dict(type='path', path=line, **style), dict(type='circle', **ends, **style)]
 
-# %% ../nbs/05b_widgets.ipynb #4be0e8ab
+# %% ../nbs/05b_widgets.ipynb #5aea60c3
 class Explorer:
     "The state of one view: `epoch` (its place in the history), `left` and `right` colouring; `show`, `hover` and `open` do what slider and mouse do."
     def __init__(self,
@@ -239,12 +239,13 @@ class Explorer:
 
     def show(self, epoch=None, left=None, right=None):
         "Sets the slider to an epoch (its place in the history), the menus to other colourings, and draws once; what is None stays. ValueError for what the run does not have."
-        looks = self.menus[0].options
-        asked = [a for a in zip(('epoch', 'left', 'right'), (self.slider, *self.menus), (range(len(self.history.epochs)), looks, looks), (epoch, left, right)) if a[3] is not None]
-        for name, _, choices, value in asked:
-            if value not in choices: raise ValueError(f'{name} must be one of {", ".join(map(str, choices))}, got {value!r}')
+        asked = {name: value for name, value in dict(epoch=epoch, left=left, right=right).items() if value is not None}
+        choices = dict(epoch=range(len(self.history.epochs)), left=self.menus[0].options, right=self.menus[1].options)
+        for name, value in asked.items():
+            if value not in choices[name]: raise ValueError(f'{name} must be one of {", ".join(map(str, choices[name]))}, got {value!r}')
+        controls = dict(epoch=self.slider, left=self.menus[0], right=self.menus[1])
         self.held = True
-        for _, control, _, value in asked: control.value = value
+        for name, value in asked.items(): controls[name].value = value
         self.held = False
         self._draw()
 

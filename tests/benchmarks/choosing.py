@@ -7,6 +7,7 @@
 import json
 import sys
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,6 @@ def study_stages(folder):
     from ccc.training import Trainer
     city, found = load_dataset('city').train, find_runs(folder)
     warmups = {json.dumps(json.loads(f.read_text())['told']['settings'], sort_keys=True): f.parent for f in Path(folder).glob('warmups/*/warmup.json')}
-    for part in ('untrained', 'train'): yield f'resnet18 {part}', *city_embeddings(part)[:2]
     for c in (replace(study_base('city'), seed=seed) for seed in (1, 2, 3)):
         yield f'untrained, seed {c.seed}', Trainer(c).extract(), city.pids
         yield f'warm-up, seed {c.seed}', load(warmups[json.dumps(warmup_settings(c), sort_keys=True)] / 'epoch_001.pt').embed(city), city.pids
@@ -62,7 +62,6 @@ def study_stages(folder):
 
 def kept_stages():
     seen = set()
-    for part in ('untrained', 'train'): yield f'resnet18 {part}', *city_embeddings(part)[:2]
     for file in sorted(FOLDER.glob('*.npz')):
         f = np.load(file)
         for e in EPOCHS:
@@ -72,8 +71,8 @@ def kept_stages():
 
 
 def measure(stages):
-    shares = {}
-    for stage, x, pids in stages:
+    shares, resnet = {}, ((f'resnet18 {part}', *city_embeddings(part)[:2]) for part in ('untrained', 'train'))
+    for stage, x, pids in chain(resnet, stages):
         graph = jaccard_distance(x, 20, 6)
         count = likely_clusters(suggest_eps(x, graph=graph), len(x))
         for what, candidates in (('dbscan', RADII), ('hdc', KS), ('kmeans', KS)):

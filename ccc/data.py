@@ -452,13 +452,18 @@ def augment(images,  # uint8 (B, 3, H, W)
     return apply_augmentation(images, draw_augmentation(len(images), *images.shape[2:], generator, **options))
 
 # %% ../nbs/01_data.ipynb #6a54aef6
+def _draw_evenly(members, n, rng):
+    "n of some members: each once, then the remainder, which repeats a member only if it is larger than their number."
+    drawn = rng.permutation(members)[:n]
+    remainder = n - len(drawn)
+    return np.concatenate([drawn, rng.choice(members, remainder, replace=remainder > len(members))])
+
 def _draw_cluster(members, camids, n, rng):
     "n positions of one cluster: an anchor, then what other cameras saw."
     anchor = rng.choice(members)
     others = members[camids[members] != camids[anchor]]
     if not len(others): others = members[members != anchor]
-    first = rng.permutation(others)[:n - 1]
-    return np.concatenate([[anchor], first, rng.choice(others, n - 1 - len(first))])
+    return np.concatenate([[anchor], _draw_evenly(others, n - 1, rng)])
 
 # %% ../nbs/01_data.ipynb #836ba5f7
 def _groups(labels):

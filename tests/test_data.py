@@ -175,6 +175,32 @@ def test_sampler_corners():
         CameraAwareSampler([0, 0], None, 16, 24)
 
 
+def draws(members, camids, n, times=400):
+    "How often each image came in each of many groups of n, (times, images)."
+    sampler = CameraAwareSampler(np.zeros(members, int), camids, n, n, seed=0)
+    return np.stack([np.bincount(sampler.draw(t)[1:], minlength=members) for t in range(times)])
+
+
+@pytest.mark.parametrize('camids, others', [([0] * 8 + [1] * 8, 8), ([0] * 9, 8), (None, 8)])     # other cameras, the anchor's own camera, no cameras
+def test_a_remainder_is_drawn_without_repeats_while_it_can_be(camids, others):
+    members = 9 if camids is None else len(camids)
+    counts = draws(members, camids, 16)                                   # 8 others for 15 places: 7 come twice, 1 once
+    assert (np.sort(counts, axis=1)[:, -others:] == [1] + [2] * 7).all() and (counts.sum(1) == 15).all()
+
+
+@pytest.mark.parametrize('n, largest', [(9, {1}), (10, {2}), (17, {2}), (16, {2})])
+def test_no_image_comes_more_than_twice_up_to_twice_as_many_places(n, largest):
+    assert set(draws(9, None, n).max(1)) == largest                       # 8 others: 8 places, 9, 16, 15
+    assert (draws(9, None, 26).max(1) > 2).all()                          # 25 places for 8: some image comes four times or more
+
+
+def test_every_member_is_as_likely_to_come_twice():
+    from scipy.stats import chisquare
+    counts = draws(9, None, 13, times=4000)                               # 12 places for 8 others: 4 of them twice
+    twice, anchors = (counts == 2).sum(0), (counts == 0).sum(0)
+    assert chisquare(twice).pvalue > .001 and chisquare(anchors).pvalue > .001
+
+
 @pytest.mark.skipif(not (Path(os.environ.get('CCC_DATA', '~/Dataset')).expanduser() / BENCHMARKS['market1501'].folders[0]).is_dir(), reason='needs Market-1501 in $CCC_DATA')
 def test_market1501_itself():
     d = load_dataset('market1501')

@@ -27,7 +27,7 @@ RECIPES['city'] = dict(
     dataset='city', arch='resnet18', resnet_pretrained='none', height=64, width=32, pad=3, num_workers=4, num_clusters=90, jaccard_k1=20, loss_with_camera=True, hdc_outlier=True,
     hdc_centroids=True, **CITY_BATCH, iters=25, num_epochs=16, warmup_iters=0, lr_steps=12, eval_step_epoch=1)
 RECIPES['city-study'] = RECIPES['city'] | dict(
-    arch='small', lr=2e-3, bn_chunks=2, channels_last='on', iters=16, num_epochs=10, warmup_iters=2, warmup_with_dbscan=True, lr_steps=6, eval_step_epoch=2, maps=False, num_workers=1, seed=1)
+    arch='small', lr=2e-3, channels_last='on', iters=16, num_epochs=10, warmup_iters=2, warmup_with_dbscan=True, lr_steps=6, eval_step_epoch=2, maps=False, num_workers=1, seed=1)
 
 # %% ../nbs/09_experiments.ipynb #f7942574
 def recipe(name: str,  # one of `RECIPES`

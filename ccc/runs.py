@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from .config import Config, departures
+from .config import NUMERICS, Config, departures
 from .data import write_file
 from .engine import any_process, arithmetic, what_varies
 
@@ -74,7 +74,7 @@ def describe_run(config: Config, dataset, engine) -> dict:  # what config.json h
     packages = 'ccc-reid torch torchvision numpy scipy scikit-learn accelerate umap-learn faiss-gpu faiss-cpu timm pillow'.split()
     found = {p: _version(p) for p in packages}
     splits = {n: len(getattr(dataset, n)) for n in ('train', 'query', 'gallery')}
-    return dict(config=asdict(config), seed=config.seed, commit=_commit(), data=dict(fingerprint=dataset.fingerprint(), **splits),
+    return dict(config=asdict(config), seed=config.seed, numerics=NUMERICS, commit=_commit(), data=dict(fingerprint=dataset.fingerprint(), **splits),
                 versions=dict(python=platform.python_version(), **{p: v for p, v in found.items() if v}),
                 device=engine.device.type, device_name=_device_name(engine.device), processes=engine.num_processes, arithmetic=arithmetic(config, engine.device),
                 leaves_recipe=departures(config), what_varies=what_varies(config, engine))

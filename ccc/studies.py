@@ -342,8 +342,8 @@ def results(folder,
         done = Result(Config(**told['config']), run, read_metrics(run))
         if len(done.rows) < done.config.num_epochs or 'mAP' not in done.last: continue
         found[key] = done
-        made.add((told['data']['fingerprint'], told.get('device'), told.get('arithmetic', {}).get('precision')))
-    if len(made) > 1: raise ValueError(f'runs of a study must be made from the same data, on one kind of device in one precision; got {sorted(map(str, made))} in {folder}')
+        made.add((told['data']['fingerprint'], told.get('device'), told.get('arithmetic', {}).get('precision'), told.get('numerics', 1)))
+    if len(made) > 1: raise ValueError(f'runs of a study must be made from the same data, on one kind of device in one precision, under one NUMERICS; got {sorted(map(str, made))} in {folder}')
     return found
 
 # %% ../nbs/09b_studies.ipynb #3793c7de

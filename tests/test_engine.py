@@ -110,11 +110,11 @@ def test_recipes_name_their_batch():
 
 
 def test_a_run_that_leaves_the_recipe_says_so(data, tmp_path, capsys):
-    t = make(data, tmp_path, num_epochs=1)
+    t = make(data, tmp_path, num_epochs=1, bn_chunks=1)
     t.fit()
     said = capsys.readouterr().out
-    assert 'leaves the recipe: batch_size is 16, the recipe has 64' in said and 'bn_chunks is 2, the recipe has 1' in said
-    assert json.loads((t.run / 'config.json').read_text())['leaves_recipe'] == ['batch_size is 16, the recipe has 64', 'bn_chunks is 2, the recipe has 1']
+    assert 'leaves the recipe: batch_size is 16, the recipe has 64' in said and 'bn_chunks is 1, the recipe has 2' in said
+    assert json.loads((t.run / 'config.json').read_text())['leaves_recipe'] == ['batch_size is 16, the recipe has 64', 'bn_chunks is 1, the recipe has 2']
 
 
 # repetition

@@ -7,12 +7,17 @@ __all__ = ['RESNETS', 'POOLINGS', 'resnet_trunk', 'InstanceBatchNorm', 'use_inst
            'WeightReport', 'read_weights', 'load_weights', 'small_trunk', 'build_backbone', 'forward_chunks']
 
 # %% ../nbs/02_backbone.ipynb #d3a168ac
+import argparse
 import logging
+import os
+import re
+import sys
 from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torchvision
 from torch import nn
@@ -100,6 +105,11 @@ class Backbone(nn.Module):
         x = self.pooling(maps.float())     # float32 from here on, under autocast too: a cube loses bfloat16's few digits
         return F.normalize(self.neck(x))   # (B, D), length 1
 
+# %% ../nbs/02_backbone.ipynb #514cf62e
+def _some(names, most=6):
+    "How many names, and the first of them."
+    return f'{len(names)}: ' + ', '.join(names[:most]) + (', …' if len(names) > most else '')
+
 # %% ../nbs/02_backbone.ipynb #79c18d1a
 @dataclass(frozen=True)
 class WeightReport:
@@ -107,71 +117,256 @@ class WeightReport:
     source: str                  # file or name of the weights
     matched: tuple               # names in the network that were filled
     missing: tuple = ()          # in the network, not in the file: they keep what they had
-    unexpected: tuple = ()       # in the file, unknown to the network
+    unexpected: tuple = ()       # in the file, unknown to the network: dropped
     misshapen: tuple = ()        # the name fits, the shape does not: left alone
     by: str = 'name'             # 'name', or 'order' when tensors were paired by position
+    root: str = ''               # what stands before the trunk's names in the file
+    leftover: tuple = ()         # those of `unexpected` that belong to the trunk of the file
+
+    @property
+    def whole(self) -> bool:
+        "Whether the trunk of the network is filled and that of the file used up."
+        return not self.leftover and not any(n.startswith('trunk.') for n in self.missing + self.misshapen)
 
     def __str__(self):
-        lines = [f'{self.source}: {len(self.matched)} tensors loaded by {self.by}']
-        for kind in ('missing', 'unexpected', 'misshapen'):
-            names = getattr(self, kind)
-            if names: lines.append(f'  {len(names)} {kind}: ' + ', '.join(names[:6]) + (', …' if len(names) > 6 else ''))
-        return '\n'.join(lines)
+        after = f", names after '{self.root}.'" if self.root else ''
+        lines = [f'{self.source}: {len(self.matched)} tensors loaded by {self.by}{after}', *map(self._part, ('trunk', 'pooling', 'neck'))]
+        if self.unexpected: lines.append(f'  {"dropped":9}{_some(self.unexpected)}')
+        return '\n'.join(line for line in lines if line)
+
+    def _part(self, part):
+        "The line of one part; '' if it has no tensors."
+        of = lambda names: [n for n in names if n.startswith(part + '.')]
+        loaded, missing, misshapen = of(self.matched), of(self.missing), of(self.misshapen)
+        total = len(loaded) + len(missing) + len(misshapen)
+        said = [f'{len(loaded)} of {total} loaded'] + [f'{kind} {_some(names)}' for kind, names in (('missing', missing), ('of another shape', misshapen)) if names]
+        return f'  {part:9}{"; ".join(said)}' if total else ''
+
+# %% ../nbs/02_backbone.ipynb #c2f172c3
+_DTYPES = 'Bool Int8 Int16 Int32 Int64 UInt8 UInt16 UInt32 UInt64 Float16 Float32 Float64 Str Bytes'.split()
+
+def _plain_classes():
+    "What may stand in a file beside tensors, under the names that NumPy 1 and 2 write."
+    core = np._core.multiarray
+    named = [(getattr(core, what), f'numpy.{home}.multiarray.{what}') for what in ('scalar', '_reconstruct') for home in ('core', '_core')]
+    return [*named, np.ndarray, np.dtype, *(getattr(np.dtypes, f'{kind}DType') for kind in _DTYPES), argparse.Namespace]
+
+def _read_file(path):
+    "What a weight file holds, on the CPU."
+    if path.suffix.lower() == '.safetensors':
+        from safetensors.torch import load_file
+        return load_file(path)
+    with torch.serialization.safe_globals(_plain_classes()):
+        return torch.load(path, map_location='cpu', weights_only=True)
+
+# %% ../nbs/02_backbone.ipynb #c74ea734
+def _read_sets(path):
+    "Each set of tensors in a weight file, the likeliest first: [(the keys that lead to it, name -> tensor)]."
+    path = Path(path)
+    try: sets = _tensor_sets(_read_file(path))
+    except Exception as e:
+        refused = re.search(r'GLOBAL (\S+)', str(e))
+        reason = f'{type(e).__name__}: it holds a {refused[1]}' if refused else type(e).__name__
+        raise ValueError(f'{path.name} cannot be read as plain tensors ({reason}); '
+                         "save the network's state_dict() alone and give that file") from e
+    if not sets: raise ValueError(f"{path.name} holds no named tensors; save the network's state_dict() alone and give that file")
+    return sets
 
 # %% ../nbs/02_backbone.ipynb #e7b6f839
 def read_weights(
     path: str | Path,  # .safetensors, or a file written by `torch.save`
 ) -> dict:             # name -> tensor, on the CPU
-    "The tensors of a weight file, without unpickling anything else."
-    path = Path(path)
-    if path.suffix == '.safetensors':
-        from safetensors.torch import load_file
-        return _tensors(load_file(path))
-    try: return _tensors(torch.load(path, map_location='cpu', weights_only=True))
-    except Exception as e:
-        raise ValueError(f'{path.name} cannot be read as plain tensors ({type(e).__name__}); '
-                         "save the network's state_dict() alone and give that file") from e
+    "The tensors of a weight file, without unpickling anything else; of several sets the likeliest (EMA and teachers first)."
+    return next(iter(_read_sets(path)))[1]
 
 # %% ../nbs/02_backbone.ipynb #20bd4afd
+_SETS = 'state_dict_ema model_ema ema_state_dict ema_model ema teacher state_dict model network net module student'.split()
+_NO_WEIGHTS = ('optim', 'sched', 'scaler', 'arg', 'config', 'cfg', 'hyper', 'callback', 'loop', 'loss')   # how names begin that hold no network
+_WRAPPERS = {'module', '_orig_mod', '_fsdp_wrapped_module', '_checkpoint_wrapped_module'}   # of DataParallel, torch.compile, FSDP
+
+def _tensor_sets(content, keys=(), depth=4):
+    "Each dict of tensors inside a loaded file: [(the keys that lead to it, name -> tensor)], EMA and teachers first."
+    if not depth or not isinstance(content, dict): return []
+    names = [n for n, v in content.items() if isinstance(n, str) and isinstance(v, dict) and not n.lower().startswith(_NO_WEIGHTS)]
+    likely, others = [n for n in _SETS if n in names], [n for n in names if n not in _SETS]
+    inside = lambda names: [pair for n in names for pair in _tensor_sets(content[n], (*keys, n), depth - 1)]
+    tensors = _tensors(content)
+    return inside(likely) + ([('.'.join(keys), tensors)] if tensors else []) + inside(others)
+
 def _tensors(content):
-    "The name -> tensor dict inside a loaded file, wrappings and counters removed."
-    for key in ('state_dict', 'model', 'net'):
-        if isinstance(content.get(key), dict): content = content[key]
-    return {name.removeprefix('module.'): t for name, t in content.items()
-            if isinstance(t, torch.Tensor) and not name.endswith('num_batches_tracked')}
+    "The tensors of a state dict; the names lose their wrappings, counters of batch norms are left out."
+    tensors = {name: t for name, t in content.items() if isinstance(name, str) and isinstance(t, torch.Tensor)
+               and not name.endswith(('num_batches_tracked', 'num_batches_track'))}
+    plain = ['.'.join(p for p in name.split('.') if p not in _WRAPPERS) or name for name in tensors]
+    return dict(zip(plain, tensors.values())) if len(set(plain)) == len(plain) else tensors
 
 # %% ../nbs/02_backbone.ipynb #2cbd9920
-def _pair_by_name(own, tensors):
-    "Our name for each name in the file."
-    whole = any(name in own for name in tensors)
-    return {name: name if whole else f'trunk.{name}' for name in tensors}
+def _spellings(trunk):
+    "Each way a name of the trunk may be written, with the name: as it is, and cut short by `str.strip('module.')`."
+    cut = [(n.rstrip('module.'), n) for n in trunk] + [(n.strip('module.'), n) for n in trunk]
+    return dict(reversed(cut)) | {n: n for n in trunk}
 
-def _pair_by_order(own, tensors):
-    "The same by position, or {} when kind or shape disagree anywhere in the trunk."
-    trunk = [name for name in own if name.startswith('trunk.')]
+def _by_root(spellings, names):
+    "{what stands before the trunk's names: {name in the file: name in the trunk}} for each beginning that occurs."
+    roots = {}
+    for name in names:
+        parts = name.split('.')
+        for i in range(len(parts)):
+            known = spellings.get('.'.join(parts[i:]))
+            if known is not None: roots.setdefault('.'.join(parts[:i]), {})[name] = known
+    return roots
+
+def _numbered(trunk, names):
+    "The same for files that number the members of the trunk: the n-th number that has tensors is the n-th member."
+    members, groups, roots = list(dict.fromkeys(n.split('.')[0] for n in trunk)), {}, {}
+    for name in names:
+        parts = name.split('.')
+        for i in (i for i, part in enumerate(parts) if part.isdecimal()):
+            groups.setdefault('.'.join(parts[:i]), {}).setdefault(int(parts[i]), []).append((name, '.'.join(parts[i + 1:])))
+    spellings = _spellings(trunk)
+    for root, group in groups.items():
+        pairs = ((name, spellings.get(f'{member}.{rest}')) for member, number in zip(members, sorted(group)) for name, rest in group[number])
+        if len(group) >= len(members): roots[root] = {name: known for name, known in pairs if known}
+    return roots
+
+# %% ../nbs/02_backbone.ipynb #ac3b365b
+def _copy_rank(root):
+    "2 for averaged copies of a network, 0 for those that only serve training, else 1."
+    words = set(re.split('[._]', root.lower()))
+    if words & {'ema', 'teacher', 'mean', 'swa', 'averaged'}: return 2
+    return 0 if words & {'k', 'key', 'momentum', 'target', 'student'} else 1
+
+def _fits(ours, theirs):
+    "Whether a tensor of a file can fill one of ours."
+    return theirs.is_floating_point() and (ours.shape == theirs.shape or ours.numel() == theirs.numel() == 1)
+
+def _pair_trunk(trunk, tensors):
+    "(root, {name in the file: name in the trunk}) of the beginning after which most names and shapes fit."
+    def score(item):
+        root, pairs = item
+        fitting = {known for name, known in pairs.items() if _fits(trunk[known], tensors[name])}
+        return len(fitting), len(pairs), _copy_rank(root), -len(root)
+    roots = [*_by_root(_spellings(trunk), tensors).items(), *_numbered(trunk, tensors).items()]
+    return max(roots, key=score, default=('', {}))
+
+def _pair_by_order(trunk, tensors):
+    "{name in the file: name in the trunk} by position; {} when kind or shape disagree anywhere or the file's trunk goes on."
     kind = lambda name, t: (name.rsplit('.', 1)[-1], tuple(t.shape))
-    fits = [kind(n, t) for n, t in tensors.items()][:len(trunk)] == [kind(n, own[n]) for n in trunk]
-    return dict(zip(tensors, trunk)) if fits else {}
+    pairs, rest = list(zip(tensors, trunk)), list(tensors.values())[len(trunk):]
+    fits = len(pairs) == len(trunk) and all(kind(n, tensors[n]) == kind(ours, trunk[ours]) for n, ours in pairs)
+    return dict(pairs) if fits and not any(t.ndim == 4 for t in rest) else {}
+
+# %% ../nbs/02_backbone.ipynb #13eea4ed
+_NECK = re.compile(r'(^|\.)(feat_bn|bn_feat|bn_neck|bnneck|neck(\.bn)?|bottleneck(\.\d+)?)$')   # how a neck is called
+_NORM = {'weight', 'bias', 'running_mean', 'running_var'}
+
+def _nearest(roots, root):
+    "Of the beginnings of names the one nearest to that of the trunk: the same copy of the network."
+    common = lambda a: len(os.path.commonprefix([a.split('.'), root.split('.')]))
+    return max(roots, key=lambda a: (common(a), _copy_rank(a), -len(a)), default=None)
+
+def _pair_neck(names, root):
+    "{name in the file: our name} of the neck, {} if there is none."
+    norms = {}
+    for name in names:
+        home, _, what = name.rpartition('.')
+        if what in _NORM and _NECK.search(home): norms.setdefault(home, set()).add(what)
+    home = _nearest([h for h, has in norms.items() if h == 'neck' or {'running_mean', 'running_var'} <= has], root)
+    return {f'{home}.{what}': f'neck.{what}' for what in sorted(norms.get(home, ()))}
+
+def _pair_power(tensors, names, root):
+    "{name in the file: our name} of GeM's power, {} if there is none."
+    powers = {n.rpartition('.')[0]: n for n in names if n.rpartition('.')[2] == 'p' and tensors[n].numel() == 1}
+    home = _nearest(powers, root)
+    return {} if home is None else {powers[home]: 'pooling.p'}
+
+# %% ../nbs/02_backbone.ipynb #2be95cfd
+def _source_grid(count, grid):
+    "Rows and columns of `count` positions: a square if they make one, else the factors nearest in shape to `grid`."
+    side = round(count ** .5)
+    if side * side == count: return side, side
+    return min(((h, count // h) for h in range(1, count + 1) if count % h == 0), key=lambda s: abs(np.log(s[0] / s[1] * grid[1] / grid[0])))
+
+def _resized_positions(trunk, positions):
+    "Position embeddings (1, tokens, dim) for the grid of a timm network."
+    from timm.layers import resample_abs_pos_embed
+    prefix, grid = 0 if getattr(trunk, 'no_embed_class', False) else trunk.num_prefix_tokens, trunk.patch_embed.grid_size
+    old = _source_grid(positions.shape[1] - prefix, grid)
+    return resample_abs_pos_embed(positions, new_size=list(grid), old_size=list(old), num_prefix_tokens=prefix)
+
+def _as_timm(trunk, tensors, pairs, root):
+    "The tensors after timm's own filter for this kind of network: other patch sizes, position embeddings and names. As they are if it has none."
+    convert = getattr(sys.modules[type(trunk).__module__], 'checkpoint_filter_fn', None)
+    if convert is None or 'timm' not in type(trunk).__module__: return tensors
+    start = f'{root}.' if root else ''
+    inside = {n: pairs.get(n, n[len(start):]) for n in tensors if n.startswith(start)}
+    mine = {short: tensors[n] for n, short in inside.items()}
+    own = getattr(trunk, 'pos_embed', None)
+    if own is not None and 'pos_embed' in mine and 'register_tokens' not in mine and mine['pos_embed'].shape[1] != own.shape[1]:
+        mine['pos_embed'] = _resized_positions(trunk, mine['pos_embed'])
+    try: mine = convert(mine, trunk)
+    except Exception: return tensors                         # a filter for other files than this one: names and shapes decide
+    return {n: t for n, t in tensors.items() if n not in inside} | {start + short: t for short, t in mine.items()}
+
+# %% ../nbs/02_backbone.ipynb #d75fa6db
+_HEADS = set("""fc classifier head heads head_dist last_linear pre_logits projector projection projection_head predictor prototypes mask_token
+feat feat_bn bottleneck bnneck gap gem pool pooling global_pool global_pooling pool_layer queue queue_ptr classifiers cls_layer norm_pre_head""".split())
+
+def _pair(net, tensors):
+    "(tensors, name in the file -> our name, root, 'name' or 'order')."
+    trunk = {n.removeprefix('trunk.'): t for n, t in net.state_dict().items() if n.startswith('trunk.') and not n.endswith('num_batches_tracked')}
+    root, pairs = _pair_trunk(trunk, tensors)
+    if sum(_fits(trunk[known], tensors[n]) for n, known in pairs.items()) < len(trunk):
+        tensors = _as_timm(net.trunk, tensors, pairs, root)
+        root, pairs = _pair_trunk(trunk, tensors)
+    by = 'name'
+    if len(pairs) < len(trunk) / 20:                         # a few names that are alike by chance say nothing
+        ordered = _pair_by_order(trunk, tensors)
+        if ordered: root, pairs, by = '', ordered, 'order'
+    ours = {name: f'trunk.{known}' for name, known in pairs.items()}
+    rest = [n for n in tensors if n not in ours]
+    return tensors, ours | _pair_neck(rest, root) | _pair_power(tensors, rest, root), root, by
+
+def _leftover(own, unexpected, root, by):
+    "The dropped tensors that belong to the trunk of the file: it is another network than ours."
+    members = {n.split('.')[1] for n in own if n.startswith('trunk.')}
+    own_place = root.rpartition('.')[2] in {'base', 'backbone', 'trunk', 'visual'}       # nothing but the trunk and its heads is in there
+    inside = [(n, (n[len(root) + 1:] if root else n).split('.')[0]) for n in unexpected if not root or n.startswith(root + '.')]
+    return tuple(n for n, member in inside if by == 'name' and member not in _HEADS and (member in members or own_place))
+
+def _check_report(report, own, tensors, allow_partial):
+    "ValueError if nothing fits, or the trunk only in part."
+    if not report.matched:
+        raise ValueError(f'{report.source}: none of its {len(tensors)} tensors ({", ".join(list(tensors)[:3])}, …) fits this '
+                         f'network ({", ".join(list(own)[:3])}, …), by name and shape or by order')
+    if report.whole or allow_partial: return
+    trunk = lambda names: [n for n in names if n.startswith('trunk.')]
+    wrong = [f'{kind} {_some(names, 2)}' for kind, names in (('missing', trunk(report.missing)), ('of another shape', trunk(report.misshapen)),
+                                                             ('in the file alone', report.leftover)) if names]
+    raise ValueError(f'{report.source}: weights must fit the whole trunk; {len(trunk(report.matched))} of its {len(trunk(own))} tensors come from the file ({"; ".join(wrong)}). '
+                     'Another --arch may fit; --allow-partial (allow_partial=True) takes what fits and leaves the rest as it is')
 
 # %% ../nbs/02_backbone.ipynb #ff6cd5c4
 def load_weights(
     net: Backbone,        # changed in place; `net.report` is set
     tensors: dict,        # name -> tensor
     source: str = 'weights',  # what to call them in the report and in errors
+    allow_partial: bool = False,  # take what fits where the trunk fits only in part
 ) -> WeightReport:
-    "Fill a backbone by name or, where no name fits, by order; a ValueError if nothing fits."
+    "Fill a backbone by name or, where no name says anything, by order; a ValueError if the trunk does not fit as a whole."
+    tensors, pairs, root, by = _pair(net, _tensors(tensors))
     own = {n: t for n, t in net.state_dict().items() if not n.endswith('num_batches_tracked')}
-    pairs, by = _pair_by_name(own, tensors), 'name'
-    if not any(ours in own for ours in pairs.values()): pairs, by = _pair_by_order(own, tensors), 'order'
-    fits = {ours: tensors[n] for n, ours in pairs.items() if ours in own and own[ours].shape == tensors[n].shape}
-    if not fits:
-        raise ValueError(f'{source}: none of its {len(tensors)} tensors ({", ".join(list(tensors)[:3])}, …) fits this '
-                         f'network ({", ".join(list(own)[:3])}, …), by name and shape or by order')
-    net.load_state_dict(fits, strict=False)
-    misshapen = tuple(ours for ours in pairs.values() if ours in own and ours not in fits)
-    net.report = WeightReport(source, tuple(fits), tuple(n for n in own if n not in fits and n not in misshapen),
-                              tuple(n for n in tensors if pairs.get(n) not in own), misshapen, by)
-    return net.report
+    fits = {ours: tensors[n] for n, ours in pairs.items() if ours in own and _fits(own[ours], tensors[n])}
+    misshapen = tuple(dict.fromkeys(ours for ours in pairs.values() if ours in own and ours not in fits))
+    unexpected = tuple(n for n in tensors if pairs.get(n) not in own)
+    report = WeightReport(source, tuple(fits), tuple(n for n in own if n not in fits and n not in misshapen), unexpected,
+                          misshapen, by, root, _leftover(own, unexpected, root, by))
+    _check_report(report, own, tensors, allow_partial)
+    bad = [n for n, t in fits.items() if not t.isfinite().all()]
+    if bad: raise ValueError(f'{source}: weights must be finite numbers; infinite or NaN values in {_some(bad)}')
+    net.load_state_dict({n: t.reshape(own[n].shape) for n, t in fits.items()}, strict=False)
+    net.report = report
+    return report
 
 # %% ../nbs/02_backbone.ipynb #bc4f4cd2
 _IBN_RELEASE = 'https://github.com/XingangPan/IBN-Net/releases/download/v1.0/'
@@ -204,13 +399,14 @@ def _packaged_weights():
 
 # %% ../nbs/02_backbone.ipynb #8d623d56
 def _find_weights(arch, weights):
-    "The tensors that `weights` stands for."
-    if weights == 'efficientnet-lite0': return read_weights(_packaged_weights())
-    if weights in ('V1', 'V2') and arch in RESNETS: return _download(_weights_url(arch, weights))
-    if not Path(weights).is_file():
+    "The sets of tensors that `weights` stands for: [(where in the file, name -> tensor)]."
+    if weights == 'efficientnet-lite0': return _read_sets(_packaged_weights())
+    if weights in ('V1', 'V2') and arch in RESNETS: return [('', _download(_weights_url(arch, weights)))]
+    path = Path(weights).expanduser()
+    if not path.is_file():
         named = "'V1', 'V2'" if arch in RESNETS else "'efficientnet-lite0'"
         raise ValueError(f"weights of {arch} must be {named}, None ('none' on the command line) or an existing .safetensors or torch file; got {str(weights)!r}")
-    return read_weights(weights)
+    return _read_sets(path)
 
 # %% ../nbs/02_backbone.ipynb #f210f3f6
 def _timm_trunk(name, pretrained):
@@ -230,11 +426,21 @@ def small_trunk(
     layers = zip((3, *widths), widths)
     return nn.Sequential(*(m for i, o in layers for m in (nn.Conv2d(i, o, 3, 2, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())))
 
+# %% ../nbs/02_backbone.ipynb #1f0d6b54
+def _load_best(net, sets, source, allow_partial):
+    "Fill a network from the first of a file's sets that fits its trunk as a whole, or from the likeliest."
+    name = lambda keys: f'{source} ({keys})' if keys else source
+    for keys, tensors in sets if len(sets) > 1 else ():
+        try: return load_weights(net, tensors, name(keys))
+        except ValueError: continue                          # the next set; if none fits, the error is the likeliest set's
+    return load_weights(net, sets[0][1], name(sets[0][0]), allow_partial)
+
 # %% ../nbs/02_backbone.ipynb #fe69a502
 def build_backbone(
     arch: str = 'resnet50',            # small | resnet18 | resnet50 | resnet101 | resnet_ibn50a | resnet_ibn101a | timm:<name>
     weights: str | Path | None = 'V1', # 'V1' | 'V2' | 'efficientnet-lite0' | None (random) | a .safetensors or torch file
     pooling: str = 'gem',              # 'gem' | 'avg'
+    allow_partial: bool = False,       # take what fits of weights that fit the trunk only in part
 ) -> Backbone:                         # float images (B, 3, H, W), ImageNet-normalised -> unit-norm (B, dim); `.dim`, `.report`
     "A network for re-ID embeddings; ValueError for an unknown name or weights that do not fit, OSError if they cannot be had."
     if pooling not in POOLINGS: raise ValueError(f'pooling must be one of {list(POOLINGS)}; got {pooling!r}')
@@ -246,7 +452,9 @@ def build_backbone(
     else: raise ValueError(f"arch must be one of {['small', *RESNETS]} or 'timm:<name>'; got {arch!r}")
     net = Backbone(trunk, POOLINGS[pooling](), dim)
     if weights is not None and not (arch.startswith('timm:') and weights == 'V1'):
-        logging.getLogger(__name__).info(load_weights(net, _find_weights(arch, weights), Path(weights).name))
+        report = _load_best(net, _find_weights(arch, weights), Path(weights).name, allow_partial)
+        if weights not in ('V1', 'V2', 'efficientnet-lite0') and os.environ.get('RANK', '0') == '0': print(report, flush=True)
+        else: logging.getLogger(__name__).info(report)
     return net
 
 # %% ../nbs/02_backbone.ipynb #d002d12a

@@ -31,6 +31,7 @@ class NetworkSettings:
     "The network, and the arithmetic it is trained in."
     arch: str = 'resnet50'  # small, resnet18, resnet50, resnet101, resnet_ibn50a, resnet_ibn101a or timm:<name>
     resnet_pretrained: str = 'V1'  # ImageNet weights V1 or V2, none, or the path of a weight file
+    allow_partial: bool = False  # take what fits of a weight file whose trunk fits only in part
     pooling_type: Literal['gem', 'avg'] = 'gem'  # generalised mean (power learnt from 3) or plain average
     bn_chunks: int = 2  # batch statistics over this many contiguous parts of a batch; the published runs: 2 GPUs, 128 images each
     precision: Literal['auto', 'bf16', 'fp32'] = 'auto'  # of training; auto: bfloat16 on a GPU that has it. Embeddings for clustering are float32 always

@@ -64,12 +64,12 @@ def open_dataset(config: Config):  # `dataset`, `root_dir`, `pattern`, `subset_i
     return dataset if config.subset_ids is None else subset(dataset, config.subset_ids)
 
 # %% ../nbs/08_training.ipynb #ed6e9ecc
-def make_network(config: Config):  # `arch`, `resnet_pretrained`, `pooling_type`, `seed`
+def make_network(config: Config):  # `arch`, `resnet_pretrained`, `allow_partial`, `pooling_type`, `seed`
     "The network the settings name; random weights follow the seed and leave torch's own generator alone."
     weights = None if config.resnet_pretrained == 'none' else config.resnet_pretrained
     with torch.random.fork_rng():
         torch.manual_seed(seed_for(config.seed, 0, 'weights'))
-        return build_backbone(config.arch, weights=weights, pooling=config.pooling_type)
+        return build_backbone(config.arch, weights=weights, pooling=config.pooling_type, allow_partial=config.allow_partial)
 
 # %% ../nbs/08_training.ipynb #3fce06fc
 HDC_INIT = {'random': 'random', 'k-means++': 'k-means++-x', 'k-means++2': 'k-means++'}

@@ -102,7 +102,9 @@ def test_weights_of_instance_norms_go_by_their_published_names():
 def test_partly_fitting_weights_are_reported(tmp_path):
     net = build_backbone('resnet18', None)
     before = net.trunk.layer1[0].conv1.weight.clone()
-    report = load_weights(net, {'conv1.weight': torch.ones(64, 3, 7, 7), 'bn1.weight': torch.ones(3), 'odd': torch.ones(1)}, 'mine')
+    part = {'conv1.weight': torch.ones(64, 3, 7, 7), 'bn1.weight': torch.ones(3), 'odd': torch.ones(1)}
+    with pytest.raises(ValueError, match='mine: weights must fit the whole trunk; 1 of its 100 tensors'): load_weights(net, part, 'mine')
+    report = load_weights(net, part, 'mine', allow_partial=True)
     assert report.matched == ('trunk.conv1.weight',) and report.misshapen == ('trunk.bn1.weight',) and report.unexpected == ('odd',)
     assert 'trunk.layer1.0.conv1.weight' in report.missing and torch.equal(before, net.trunk.layer1[0].conv1.weight)
     assert (net.trunk.conv1.weight == 1).all() and str(report).startswith('mine: 1 tensors loaded by name')
@@ -135,8 +137,9 @@ def test_without_a_network_the_error_says_what_to_do(arch, monkeypatch):
 
 def test_published_names_lead_to_published_files(monkeypatch):
     asked = []
-    monkeypatch.setattr(torch.hub, 'load_state_dict_from_url', lambda url, **kw: asked.append((url, kw)) or torch_dict)
-    torch_dict = {'conv1.weight': torch.zeros(64, 3, 7, 7)}
+    trunks = {arch: build_backbone(arch, None).trunk.state_dict() for arch in ('resnet50', 'resnet_ibn50a')}
+    published = lambda url: trunks['resnet_ibn50a' if 'ibn' in url else 'resnet50']
+    monkeypatch.setattr(torch.hub, 'load_state_dict_from_url', lambda url, **kw: asked.append((url, kw)) or published(url))
     for arch, weights in [('resnet50', 'V1'), ('resnet50', 'V2'), ('resnet_ibn50a', 'V1'), ('resnet_ibn50a', 'V2')]:
         build_backbone(arch, weights)
     files = [url.rsplit('/', 1)[-1] for url, _ in asked]

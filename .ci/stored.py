@@ -20,7 +20,7 @@ from ccc.config import NUMERICS, Config
 from ccc.data import BENCHMARKS, load_dataset
 from ccc.experiments import recipe
 from ccc.runs import read_metrics
-from ccc.studies import ablate, find_runs, row_name, run_key, study_base, study_configs
+from ccc.studies import MAIN_CLAIMS, ablate, claim_rows, find_runs, row_name, run_key, study_base, study_configs
 from ccc.training import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,7 +48,8 @@ def varied(base: Config, seeds, **choices) -> list:
 def study() -> list:
     "Three seeds of every row, ten of those that the main claims are made of, and the runs with what `ccc suggest` names."
     configs = study_configs('all', STUDY, 3)
-    configs += study_configs('clusterers', STUDY, 10) + study_configs('rules', STUDY, 10)
+    main = {run_key(c): c for claim in MAIN_CLAIMS for pair in claim_rows(claim, STUDY) for c in pair}
+    configs += [replace(c, seed=seed) for seed in range(1, 11) for c in main.values()]
     for seed, (eps, k) in SUGGESTED.items():
         base = replace(STUDY, seed=seed)
         configs += [replace(base, num_clusters=k), replace(base, num_clusters=k, dbscan_eps=eps)]

@@ -6,7 +6,6 @@
 __all__ = ['label_quality', 'Suggestion', 'suggest_eps', 'likely_clusters', 'suggest_n_clusters', 'suggest_epoch', 'suggest_run']
 
 # %% ../nbs/09c_choosing.ipynb #9e0ec711
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import numpy as np
 
 from .evolution import graph_silhouette
 from .labels import build_graph, make_labels
-from .runs import read_metrics
+from .runs import RunFolder, read_metrics
 from .viz import _COLOURS, _GREY, _MARKERS, _figure
 
 # %% ../nbs/09c_choosing.ipynb #1de4b3bb
@@ -137,8 +136,8 @@ def suggest_epoch(run,  # folder of a run, or its rows (dicts as in metrics.json
 
 def _images(run) -> int:
     "How many images the run labels, 0 where only rows are at hand."
-    told = Path(run) / 'config.json' if isinstance(run, (str, Path)) else None
-    return json.loads(told.read_text())['data']['train'] if told and told.is_file() else 0
+    if not isinstance(run, (str, Path)) or not (Path(run) / 'config.json').is_file(): return 0
+    return RunFolder(run).n_images
 
 # %% ../nbs/09c_choosing.ipynb #b6cb9f7c
 def suggest_run(runs: list,  # folders of finished runs

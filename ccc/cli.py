@@ -12,15 +12,14 @@ __all__ = ['COMMANDS', 'starting_point', 'read_options', 'TrainOptions', 'train_
 import argparse
 import contextlib
 import io
-import json
 import os
 import re
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
-from .config import Config, changes
+from .config import Config, changed_settings, changes
 from .experiments import RECIPES, command, recipe, start
 from .folder import TABLES, check_images
 
@@ -63,23 +62,23 @@ def read_options(kind,  # a dataclass of options
 class TrainOptions:
     "Train by 3C. Bare, the recipe `city`; with --dataset, the published defaults; with --recipe, a published run."
     config: Config  # all settings
-    resume: Path | None = None  # go on with the run in this folder, with its own settings
+    resume: Path | None = None  # go on with the run in this folder; settings that do not decide its weights may be given anew, as --num-epochs, --root-dir, --device
     print_config: bool = False  # show the settings and the command that gives them, and stop
 
 def train_options(args: list) -> TrainOptions:  # words after `ccc train`
     "Settings and wishes of `ccc train`."
     import tyro
-    base = starting_point(args)
+    run = _named('resume', args, None)
+    base = settings_of(Path(run)) if run else starting_point(args)
     options = read_options(tyro.conf.OmitArgPrefixes[TrainOptions], args, 'ccc train', TrainOptions(base))
-    if options.resume: refuse_others('resume', args, options.config, base)
+    if run: refuse_others(args, options.config, base)
     return options
 
-def refuse_others(option: str,  # resume or run
-                  args: list,  # words of the command
-                  config: Config, base: Config):  # what the words give, and what they started from
-    "ValueError for settings beside an option that names a run: it has its own."
-    others = {n: v for n in ('recipe', 'dataset') if (v := _named(n, args, None))} | changes(config, base)
-    if others: raise ValueError(f'--{option} goes by the settings of the run, got also {others}')
+def refuse_others(args: list,  # words of the command
+                  config: Config, own: Config):  # what the words give, and the settings of the run
+    "ValueError for settings that decide the weights of a run: it has its own."
+    if _named('recipe', args, None): raise ValueError('a run has its own settings, got also --recipe')
+    changed_settings(own, **changes(config, own))
 
 # %% ../nbs/10_cli.ipynb #ce1bea54
 def print_config(config: Config):
@@ -94,39 +93,41 @@ def train(args: list):  # words after `ccc train`
     options = train_options(args)
     if options.print_config: return print_config(options.config)
     from ccc.training import fit
-    fit(options.config, options.resume)
+    if options.resume is None: fit(options.config)
+    else: fit(resume=options.resume, **changes(options.config, settings_of(options.resume)))
 
 # %% ../nbs/10_cli.ipynb #3a996a4f
 def settings_of(run: Path) -> Config:  # folder of a run
     "The settings a run was made with; ValueError for a folder that is no run, or of another version."
-    path = run / 'config.json'
-    if not path.is_file(): raise ValueError(f'RUN must be the folder of a run with its config.json, got {run}')
-    try: return Config(**json.loads(path.read_text())['config'])
-    except (KeyError, TypeError, ValueError) as e: raise ValueError(f'{path} must hold the settings of a run of this version, got {type(e).__name__}: {e}') from e
+    from ccc.runs import RunFolder
+    return RunFolder(run).config
 
 # %% ../nbs/10_cli.ipynb #01306290
 @dataclass
 class EvaluateOptions:
     "Evaluate a run again: the weights of its last epoch, or of its best; with the cross-camera rule and without."
     run: Path  # folder of the run
-    rerank: bool = False  # with k-reciprocal re-ranking
+    config: Config  # the run's settings; those that do not decide its weights may be given anew, as --rerank, --root-dir, --device
     best: bool = False  # the epoch of highest mAP, which was chosen on the test set
-    data: str | None = None  # a folder or table of your own with query and gallery; none: the data of the run
-    pattern: str | None = None  # of its file names, as in training
+    data: str | None = None  # a folder or table of your own with query and gallery, and perhaps its --pattern; none: the data of the run
 
 def evaluate(args: list):  # words after `ccc evaluate`
     "mAP and CMC of a run"
     import tyro
-    options = read_options(tyro.conf.PositionalRequiredArgs[EvaluateOptions], args, 'ccc evaluate')
-    own = settings_of(options.run)
+    kind = tyro.conf.PositionalRequiredArgs[tyro.conf.OmitArgPrefixes[EvaluateOptions]]
+    run = read_options(kind, args, 'ccc evaluate', EvaluateOptions(tyro.MISSING, Config())).run
+    own = settings_of(run)
+    options = read_options(kind, args, 'ccc evaluate', EvaluateOptions(tyro.MISSING, own))
+    c = options.config
+    refuse_others(args, replace(c, pattern=own.pattern) if options.data else c, own)
     from ccc.model import load
     from ccc.training import open_dataset, rank_gallery
-    model = load(options.run, 'best' if options.best else 'last')
-    data = open_dataset(Config(dataset='folder', root_dir=options.data, pattern=options.pattern) if options.data else own)
+    model = load(run, 'best' if options.best else 'last', c.device)
+    data = open_dataset(Config(dataset='folder', root_dir=options.data, pattern=c.pattern, num_workers=c.num_workers) if options.data else c)
     why = explain(data.query, data.gallery)              # says so at once if there is nothing to evaluate
     q, g = model.embed(data.query), model.embed(data.gallery)
-    print(f'epoch {model.info["epochs"]}{", re-ranked" if options.rerank else ""}: {rank_gallery(q, g, data.query, data.gallery, own.eval_dist, options.rerank)}')
-    print(f'without the cross-camera rule: {rank_gallery(q, g, data.query, data.gallery, own.eval_dist, options.rerank, cross_camera=False)}')
+    print(f'epoch {model.info["epochs"]}{", re-ranked" if c.rerank else ""}: {rank_gallery(q, g, data.query, data.gallery, c.eval_dist, c.rerank)}')
+    print(f'without the cross-camera rule: {rank_gallery(q, g, data.query, data.gallery, c.eval_dist, c.rerank, cross_camera=False)}')
     print(*why, sep='\n', end='\n' if why else '')
 
 # %% ../nbs/10_cli.ipynb #60513711
@@ -276,10 +277,11 @@ class SuggestOptions:
 def suggest(args: list):  # words after `ccc suggest`
     "choose eps and the number of clusters without identities"
     import tyro
-    base = starting_point(args)
+    run = _named('run', args, None)
+    base = settings_of(Path(run)) if run else starting_point(args)
     o = read_options(tyro.conf.OmitArgPrefixes[SuggestOptions], args, 'ccc suggest', SuggestOptions(base))
-    if o.run: refuse_others('run', args, o.config, base)
-    c = settings_of(o.run) if o.run else o.config
+    if run: refuse_others(args, o.config, base)
+    c = o.config
     if c.no_jaccard: raise ValueError('suggestions are made on the Jaccard graph, got --no-jaccard')
     from ccc.choosing import likely_clusters, suggest_eps, suggest_epoch
     from ccc.labels import build_graph

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['NUMERICS', 'PUBLISHED_BATCH', 'CITY_BATCH', 'NOT_DECIDING', 'AFTER_WARMUP', 'DataSettings', 'NetworkSettings',
            'LabelSettings', 'LearningSettings', 'KeepingSettings', 'Config', 'check_types', 'check_rules', 'changes',
-           'learning_rate', 'evaluation_due', 'departures', 'deciding', 'check_same', 'warmup_settings']
+           'learning_rate', 'evaluation_due', 'departures', 'deciding', 'changed_settings', 'check_same',
+           'warmup_settings']
 
 # %% ../nbs/08a_config.ipynb #526916c5
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Literal, get_args, get_type_hints
 
 # %% ../nbs/08a_config.ipynb #7c2e6d5e
@@ -202,6 +203,14 @@ def deciding(config: Config,  # settings
             ) -> dict:  # name: value
     "The settings that decide what network comes out of a given epoch."
     return {name: value for name, value in asdict(config).items() if name not in NOT_DECIDING and name not in without}
+
+def changed_settings(config: Config,  # of a run
+                     **settings) -> Config:  # that shall be others from now on
+    "The settings of a run that goes on elsewhere or for longer. ValueError for a setting that decides its weights."
+    changed = replace(config, **settings)
+    decide = [f'{n} from {v!r} to {getattr(changed, n)!r}' for n, v in deciding(config).items() if getattr(changed, n) != v]
+    if decide: raise ValueError(f'a run goes on under the settings that decide its weights, got a change of {", ".join(decide)}; others may change: {", ".join(NOT_DECIDING)}')
+    return changed
 
 def check_same(was: dict,  # settings of a checkpoint
                config: Config):  # of the run that wants to load it

@@ -27,7 +27,8 @@ def make_engine(config: Config):  # `device`, `bn_chunks`, `deterministic`
     from accelerate import Accelerator
     if config.device == 'cuda' and not torch.cuda.is_available(): raise ValueError('device cuda needs a GPU that torch can see, got none')
     if config.deterministic: os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')     # has to be there before CUDA is
-    engine = Accelerator(cpu=config.device == 'cpu')
+    several = int(os.environ.get('WORLD_SIZE', 1)) > 1           # torchrun without a GPU: gloo, or each process would train alone
+    engine = Accelerator(cpu=config.device == 'cpu' or several and not torch.cuda.is_available())
     if config.bn_chunks % engine.num_processes:
         raise ValueError(f'bn_chunks must be a multiple of the number of processes, got bn_chunks={config.bn_chunks} for {engine.num_processes} processes')
     if engine.device.type == 'cuda':

@@ -56,9 +56,10 @@ def read_history(run,         # folder of a run
                  split=None,  # its training split (`pids`, `camids`, `image(i)`); None: only what the folder holds
                 ) -> History:
     "What the label files and metrics of a run tell. FileNotFoundError for a folder without label files, ValueError for another split than the run's."
+    from ccc.runs import read_arrays
     names = sorted(Path(run).glob('labels/epoch_*.npz'))
     if not names: raise FileNotFoundError(f'a run folder holds labels/epoch_000.npz and so on; found none in {run}')
-    files = [dict(np.load(f)) for f in names]
+    files = [read_arrays(f) for f in names]
     n = len(files[0]['labels'])
     if split is not None and len(split.pids) != n: raise ValueError(f'split must be the one the run was trained on, {n} images; got {len(split.pids)}')
     index, maps, camids = _mapped(files, n)

@@ -29,6 +29,7 @@ from .config import Config, changes
 from .data import _MEAN, _STD, Split, _open, load_dataset, load_images, normalize
 from .folder import blur_head, check_images, image_files, keep_readable
 from .labels import PseudoLabels, make_labels
+from .runs import RunFolder
 from .training import checkpoints, make_network, read_checkpoint, read_metrics, write_file
 
 # %% ../nbs/08b_model.ipynb #45684b2e
@@ -125,7 +126,7 @@ def describe(net: nn.Module,  # as of `ccc.training.make_network`
              run: Path | None = None,  # folder with config.json and metrics.jsonl
             ) -> dict:  # JSON
     "What a model says of itself."
-    told = json.loads((run / 'config.json').read_text()) if run and (run / 'config.json').is_file() else {}
+    told = RunFolder(run).metadata if run and (run / 'config.json').is_file() else {}
     rows = [r for r in read_metrics(run) if epoch is None or r['epoch'] < epoch] if run else []
     settings = {k: v for k, v in asdict(config).items() if k not in PRIVATE} | (dict(root_dir='') if config.dataset == 'folder' else {})
     return dict(format='ccc-model-1', origin=origin, arch=config.arch, pooling=config.pooling_type, dim=net.dim, weights=weights_name(net),
@@ -148,8 +149,7 @@ def _of_network(net, info, device):
     return Model(run_torch(module, device), info, module)
 
 def _of_run(path, device, checkpoint):
-    told = json.loads((path / 'config.json').read_text())['config']
-    folder = path / 'checkpoints' if told['ckpt_dir'] == 'ckpt' else Path(told['ckpt_dir']).expanduser() / path.name
+    folder = RunFolder(path).checkpoint_dir
     found = folder / 'best.pt' if checkpoint == 'best' else (checkpoints(folder) or [folder / 'epoch_000.pt'])[-1]
     if not found.is_file(): raise ValueError(f'a run needs a checkpoint to be used, got none named {found.name} in {folder}')
     return _of_checkpoint(found, device, path)

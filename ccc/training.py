@@ -6,11 +6,11 @@
 __all__ = ['PURPOSES', 'HDC_INIT', 'HDC_METRIC', 'REASONS', 'seed_for', 'open_dataset', 'make_network', 'label_options',
            'graph_for', 'label_free', 'epoch_batches', 'check_clusters', 'augment_batch', 'gather_batch', 'train_step',
            'make_optimizer', 'make_memory', 'ranking_ids', 'why_no_match', 'rank_gallery', 'can_rank', 'check_size',
-           'fallbacks', 'UnderWay', 'cache_folder', 'State', 'BadBatch', 'Training', 'Stages', 'Checkpointed',
-           'describe_warmup', 'warmup_folder', 'leave_warmup', 'take_warmup', 'Kept', 'Guarded', 'Trainer', 'fit',
-           'Config', 'learning_rate', 'evaluation_due', 'Chunked', 'extract_embeddings', 'from_main', 'make_engine',
-           'checkpoints', 'describe_run', 'new_run', 'read_checkpoint', 'read_metrics', 'summary', 'table_head',
-           'table_line', 'write_file', 'write_metrics', 'Stopped']
+           'try_network', 'fallbacks', 'UnderWay', 'cache_folder', 'State', 'BadBatch', 'Training', 'Stages',
+           'Checkpointed', 'describe_warmup', 'warmup_folder', 'leave_warmup', 'take_warmup', 'Kept', 'Guarded',
+           'Trainer', 'fit', 'Config', 'learning_rate', 'evaluation_due', 'Chunked', 'extract_embeddings', 'from_main',
+           'make_engine', 'checkpoints', 'describe_run', 'new_run', 'read_checkpoint', 'read_metrics', 'summary',
+           'table_head', 'table_line', 'write_file', 'write_metrics', 'Stopped']
 
 # %% ../nbs/08_training.ipynb #b3b2789b
 import json
@@ -29,16 +29,16 @@ import torch
 from torch import nn
 
 from .backbone import build_backbone
-from .config import Config, check_same, departures, evaluation_due, learning_rate, warmup_settings
-from .data import CameraAwareSampler, augment, load_dataset, load_images, subset, write_file
+from .config import NUMERICS, Config, changed_settings, check_same, departures, evaluation_due, learning_rate, warmup_settings
+from .data import CameraAwareSampler, augment, load_dataset, load_images, normalize, subset, write_file
 from .engine import (Chunked, arithmetic, extract_embeddings, fetch_images, from_main, make_engine, measured_peak, place_images, progress_bar, settle_images, speed,
                         training_flops, training_module)
 from .evaluation import evaluate_embeddings, evaluate_ranking, rerank, rerank_features
 from .folder import check_images, keep_readable
 from .labels import PseudoLabels, build_graph, diagnose, make_labels
 from .memory import ClusterMemory
-from .runs import (Stopped, StopSignals, checkpoints, describe_run, drop_checkpoint, new_run, newest_checkpoint, progress, read_checkpoint, read_metrics, summary, table_head,
-                      table_line, write_checkpoint, write_metrics)
+from .runs import (RunFolder, Stopped, StopSignals, checkpoints, describe_run, drop_checkpoint, new_run, newest_checkpoint, progress, read_arrays,
+                      read_checkpoint, read_metrics, summary, table_head, table_line, write_checkpoint, write_metrics)
 from .viz import plot_evolution, sample_points, umap_map
 
 _all_ = ['Config', 'learning_rate', 'evaluation_due', 'Chunked', 'extract_embeddings', 'from_main', 'make_engine', 'checkpoints', 'describe_run', 'new_run', 'read_checkpoint',
@@ -225,6 +225,18 @@ def check_size(config: Config, train):  # `clustering`, `num_clusters`; training
     if config.clustering != 'dbscan' and config.num_clusters > len(train):
         raise ValueError(f'num_clusters must not exceed the number of training images, got {config.num_clusters} for {len(train)}; give about the number of people you expect, or use clustering dbscan, which needs none')
 
+def try_network(net: nn.Module, config: Config, device):  # `arch`, `height`, `width`
+    "Embeds two grey images, so that a network that does not take this size is refused before there is a run folder."
+    size = f'arch={config.arch}, height={config.height}, width={config.width}'
+    was_training, images = net.training, torch.full((2, 3, config.height, config.width), 128, dtype=torch.uint8, device=device)
+    try:
+        with torch.no_grad(): z = net.eval()(normalize(images))
+    except Exception as e:
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise ValueError(f'the network must take images of this size, got {size}: {reason}') from e
+    finally: net.train(was_training)
+    if z.ndim != 2 or len(z) != 2: raise ValueError(f'the network must give an embedding (B, D) for each image, got shape {tuple(z.shape)} for 2 images and {size}')
+
 def fallbacks(dataset) -> list:  # lines of text; none for a benchmark
     "What training does without, and what instead."
     train, lines = dataset.train, list(dataset.notes)
@@ -405,8 +417,7 @@ class Checkpointed(Stages):
     @property
     def checkpoint_dir(self) -> Path:
         "Where checkpoints are: in the run, or under `ckpt_dir` if that is not the default."
-        own = self.config.ckpt_dir != 'ckpt'
-        return Path(self.config.ckpt_dir).expanduser() / self.run.name if own else self.run / 'checkpoints'
+        return RunFolder(self.run).checkpoints_under(self.config.ckpt_dir)
 
     def state(self, partial: bool = False) -> dict:  # what `restore` takes
         "All that the rest of the run depends on; `partial`: in the middle of the epoch under way."
@@ -433,7 +444,8 @@ class Checkpointed(Stages):
         "Labels and map of an epoch from the run's folder."
         path = self.run / 'labels' / f'epoch_{epoch:03d}.npz'
         if not path.exists(): return None, None
-        with np.load(path) as a: return PseudoLabels(a['labels'], a['confidence'], None), a['map'] if 'map' in a else None
+        arrays = read_arrays(path, len(self.dataset.train))
+        return PseudoLabels(arrays['labels'], arrays['confidence'], None), arrays.get('map')
 
     def save(self, partial: bool = False) -> Path:  # the checkpoint
         "Writes a checkpoint of the state after the last finished epoch, or of the one under way; keeps the last two and the best, or with `eval_and_ckpt` every evaluated one."
@@ -510,21 +522,19 @@ class Kept(Checkpointed):
     def start(self) -> bool:  # whether the run is new
         "Makes the run's folder, or sets aside in an old one what the state in memory does not know of."
         fresh = self.run is None
-        if fresh: self.run = from_main(self.engine, lambda: new_run(self.config))
-        if self.engine.is_main_process: self.begin_folder() if fresh else self.clear_future()
+        if fresh:
+            try_network(self.net, self.config, self.engine.device)
+            self.run = from_main(self.engine, lambda: new_run(self.config))
+        if self.engine.is_main_process:
+            if fresh: RunFolder(self.run).begin(describe_run(self.config, self.dataset, self.engine))
+            else: self.clear_future()
         self.engine.wait_for_everyone()
         return fresh
 
-    def begin_folder(self):
-        "Settings first: a folder without `config.json` is no run. And a place for checkpoints that can be written, now rather than after the first epoch."
-        told = json.dumps(describe_run(self.config, self.dataset, self.engine), indent=1).encode()
-        self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
-        write_file(self.checkpoint_dir / 'probe', lambda f: f.write(told))
-        (self.checkpoint_dir / 'probe').unlink()
-        write_file(self.run / 'config.json', lambda f: f.write(told))
-
     def clear_future(self):
-        "Cuts lines and sets aside checkpoints that come after the state in memory: their epochs are done again, or they could not be read."
+        "Notes changed settings; cuts lines and sets aside checkpoints that come after the state in memory: their epochs are done again, or they could not be read."
+        RunFolder(self.run).change(self.config, self.epoch)
+        self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
         write_metrics(self.run, [r for r in read_metrics(self.run) if r['epoch'] < self.epoch])
         for path in checkpoints(self.checkpoint_dir):
             if progress(path) > self.saved: path.rename(path.with_suffix('.pt.set_aside'))
@@ -582,17 +592,21 @@ class Trainer(Guarded):
     @classmethod
     def resume(cls, run,  # folder of a run
                dataset=None, net=None,  # as of `Trainer`
-               checkpoint='last'):  # last or best
+               checkpoint='last',  # last or best
+               **settings):  # that are to be others from now on; none may decide the weights
         "The trainer of a run as it was after its last (or best) checkpoint; `fit` then goes on. ValueError if the data have changed; a damaged checkpoint gives way to the one before, with a warning."
-        path = Path(run) / 'config.json'
-        if not path.is_file(): raise ValueError(f'a run to go on with is a folder with a config.json, got {run}')
-        told = json.loads(path.read_text())
-        trainer = cls(Config(**told['config']), dataset, net)
-        trainer.run, was, now = Path(run), told['data']['fingerprint'], trainer.dataset.fingerprint()
+        folder = RunFolder(run)
+        metadata, config = folder.metadata, changed_settings(folder.config, **settings)
+        if metadata.get('numerics', 1) != NUMERICS:
+            warnings.warn(f'the run began under NUMERICS {metadata.get("numerics", 1)} and goes on under {NUMERICS}: its epochs are not all trained alike')
+        trainer = cls(config, dataset, net)
+        was, now = metadata['data'].get('fingerprint'), trainer.dataset.fingerprint()
         if was != now: raise ValueError(f'a run can only go on with the data it began with: fingerprint {was}, got {now}')
-        best = trainer.checkpoint_dir / 'best.pt'
-        state = read_checkpoint(best) if checkpoint == 'best' else newest_checkpoint(trainer.checkpoint_dir)
+        trainer.run, source = folder.path, folder.checkpoint_dir
+        if not checkpoints(source): source = folder.checkpoints_under(config.ckpt_dir)         # they were moved there
+        state = read_checkpoint(source / 'best.pt') if checkpoint == 'best' else newest_checkpoint(source)
         if state: trainer.restore(state)             # none yet: the run stopped in its first epoch and begins again
+        if config.num_epochs < trainer.epoch: raise ValueError(f'num_epochs must be at least the {trainer.epoch} epochs that the run has done, got {config.num_epochs}')
         return trainer
 
     def load(self, path):
@@ -647,6 +661,7 @@ class Trainer(Guarded):
 # %% ../nbs/08_training.ipynb #0f69a29e
 def fit(config: Config | None = None,  # settings of a new run
         resume=None,  # or the folder of a run to go on with
-        dataset=None, net=None) -> list:  # as of `Trainer` -> rows of metrics.jsonl
+        dataset=None, net=None,  # as of `Trainer`
+        **settings) -> list:  # as of `Trainer.resume` -> rows of metrics.jsonl
     "A whole run, or the rest of one."
-    return (Trainer(config, dataset, net) if resume is None else Trainer.resume(resume, dataset, net)).fit()
+    return (Trainer(config, dataset, net) if resume is None else Trainer.resume(resume, dataset, net, **settings)).fit()

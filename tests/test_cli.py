@@ -1,5 +1,6 @@
 "The command line: options under their published names, errors of one line, small commands end to end."
 import csv
+import json
 import os
 import shutil
 import subprocess
@@ -71,7 +72,7 @@ def test_where_options_start_from():
 
 @pytest.mark.parametrize('line,says', [
     ('train --num-cluster 3', '--num-clusters'), ('train --iters x', '--iters'), ('train --clustering ward', 'ward'), ('train --dataset duke', 'duke'), ('train --recipe r', "got 'r'"),
-    ('train --batch-size 10', 'batch_size=10'), ('train --resume here --lr 1', "{'lr': 1.0}"), ('train --resume', '--resume'), ('train --resnet-pretrained', 'Missing'),
+    ('train --batch-size 10', 'batch_size=10'), ('train --resume here --lr 1', 'got here'), ('train --resume', '--resume'), ('train --resnet-pretrained', 'Missing'),
     ('evaluate', 'run'), ('evaluate nowhere', 'nowhere'), ('data --dataset market1501 --root-dir nowhere', 'nowhere'), ('fly', "got 'fly'")])
 @pytest.mark.parametrize('encoding', ['utf-8', 'ascii'])
 def test_an_error_is_one_line(line, says, encoding, capsys, monkeypatch):
@@ -117,12 +118,14 @@ def test_commands_end_to_end(tmp_path, monkeypatch, capsys):
     assert told[0].startswith('epoch 2:') and train_options(['--recipe', 'city', *told[-1].split()]).config.dbscan_eps == float(told[1].split(':')[0].removeprefix('eps '))
     shutil.rmtree('logs/city-seed999/checkpoints')                                       # nothing left that could look at the images
     with pytest.raises(ValueError, match='needs a checkpoint'): main(['suggest', '--run', 'logs/city-seed999'])
-    for other in (['--lr', '1'], ['--recipe', 'city'], ['--dataset', 'city']):           # also those that start from other settings
-        for command in (['suggest', '--run'], ['train', '--resume']):
-            with pytest.raises(ValueError, match='goes by the settings of the run'): main([*command, 'logs/city-seed999', *other])
-    for text in ('{}', '{"config": {"colour": 1}}', '{"config":'):
+    for other, said in ((['--lr', '1'], 'a change of lr from'), (['--recipe', 'city'], 'got also --recipe'), (['--dataset', 'veri'], 'a change of dataset from'), (['--pattern', 'x'], 'a change of pattern')):
+        for command in (['suggest', '--run'], ['train', '--resume'], ['evaluate']):
+            words = [*command, 'logs/city-seed999', *other] if command[-1].startswith('--') else ['evaluate', 'logs/city-seed999', *other]
+            with pytest.raises(ValueError, match=said): main(words)
+    for text in ('{}', 'null', '[' * 100_000, '{"config": {"colour": 1}, "data": {}}', '{"config":', '{"config": [], "data": {}}', '\0'):
         Path('logs/city-seed999/config.json').write_text(text)
-        with pytest.raises(ValueError, match='config.json must hold the settings of a run'): main(['suggest', '--run', 'logs/city-seed999'])
+        for command in (['suggest', '--run'], ['train', '--resume'], ['evaluate']):
+            with pytest.raises(ValueError, match='config.json must hold'): main([*command, 'logs/city-seed999'])
 
 
 def test_module_runs():
@@ -137,3 +140,16 @@ def test_ablate_says_what_it_would_do(tmp_path, capsys):
     assert said.count('missing') == 8 and '8 of 8 runs to do' in said and not list(tmp_path.iterdir())
     assert main(line.replace('--seeds 1', '--seeds 0').split()) == 2 and 'at least 1, got 0' in capsys.readouterr().err
     assert main(['ablate', 'colours']) == 2 and 'colours' in capsys.readouterr().err
+
+
+def test_torchrun_without_a_gpu_trains_one_run_together(tmp_path):
+    "Two processes are one run of two, not two runs that overwrite each other's numbers."
+    import torch
+    if torch.cuda.is_available(): pytest.skip('a GPU is here: torchrun trains on it')
+    words = [w for w in TINY if w not in ('--device', 'cpu')]
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', '-m', 'ccc']
+    surroundings = os.environ | dict(PYTHONPATH=str(Path(__file__).parents[1]), OMP_NUM_THREADS='1')
+    done = subprocess.run([*launch, *words], cwd=tmp_path, capture_output=True, text=True, timeout=300, env=surroundings)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (config,) = tmp_path.glob('logs/*/config.json')
+    assert json.loads(config.read_text())['processes'] == 2 and done.stdout.count('kept in logs/') == 1

@@ -1,4 +1,5 @@
 "What can go wrong with a run, and what is left: killed at random and at every write, asked to stop, damaged files, full disks, impossible data."
+import io
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 import warnings
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from PIL import Image
 from ccc.config import Config
 from ccc.data import ReIDDataset, Split, load_images, write_file
 from ccc.labels import PseudoLabels
-from ccc.runs import Stopped, checkpoints, newest_checkpoint, progress, read_checkpoint, read_metrics
+from ccc.runs import RunFolder, Stopped, checkpoints, newest_checkpoint, progress, read_checkpoint, read_metrics
 from ccc.training import Trainer, fit
 from test_training import SETTINGS, make, numbers, tiny_data, tiny_net
 
@@ -42,8 +44,11 @@ def kept(run):
     return numbers(read_metrics(run)), labels, state['network'], state['memory']
 
 
-def same(run, other):
+def same(run, other, unrated=()):
+    "Two runs came out the same; the scores of `unrated` epochs are not compared."
     (rows, labels, net, memory), (rows_, labels_, net_, memory_) = kept(run), kept(other)
+    for row in (row for row in (*rows, *rows_) if row['epoch'] in unrated):
+        for score in ('mAP', 'mINP', 'rank1', 'rank5', 'rank10'): row.pop(score, None)
     assert rows == rows_
     assert labels.keys() == labels_.keys()
     for name in labels:
@@ -180,8 +185,25 @@ def test_stop_between_stages(data, tmp_path, monkeypatch):
         same(t.run, whole.run)
 
 
+def test_a_second_sigterm_does_not_stop_the_saving(data, tmp_path, monkeypatch):
+    "Some queues send SIGTERM twice, the second while the checkpoint is being written."
+    whole = make(data, tmp_path / 'a')
+    whole.fit()
+    t = stop_at(make(data, tmp_path / 'b'), 2, 1)
+    real = t.save
+    def save(partial=False):
+        if partial: signal.raise_signal(signal.SIGTERM)
+        return real(partial)
+    monkeypatch.setattr(t, 'save', save)
+    with pytest.raises(Stopped, match='saved after 2 epochs and 2 steps'): t.fit()
+    again = Trainer.resume(t.run, data, tiny_net(8))
+    assert len(again.under_way.losses) == 2
+    again.fit()
+    same(t.run, whole.run)
+
+
 def test_asked_twice(data, tmp_path):
-    t = stop_at(make(data, tmp_path), 2, 1, times=2)
+    t = stop_at(make(data, tmp_path), 2, 1, number=signal.SIGINT, times=2)
     with pytest.raises(KeyboardInterrupt) as stop: t.fit()
     assert not isinstance(stop.value, Stopped) and progress(checkpoints(t.checkpoint_dir)[-1]) == (2, 0)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -241,7 +263,7 @@ def test_checkpoint_of_another_run(data, tmp_path):
     wide = Trainer(t.config, data, torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(384, 16)))
     wide.run = t.run
     with pytest.raises(ValueError, match='network it was made of, got .*Missing key'): wide.load(path)
-    with pytest.raises(ValueError, match='folder with a config.json'): Trainer.resume(tmp_path, data)
+    with pytest.raises(ValueError, match='folder of a run with its config.json'): Trainer.resume(tmp_path, data)
 
 
 def test_weights_as_safetensors(data, tmp_path):
@@ -264,16 +286,14 @@ def test_disk_full(data, tmp_path, monkeypatch):
     t.fit()
     t.config.num_epochs = 4
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = {p: p.read_bytes() for p in t.run.rglob('*') if p.is_file() and p.name != 'metrics.jsonl'}
+    before = {p: p.read_bytes() for p in t.run.rglob('*') if p.is_file() and p.name not in ('metrics.jsonl', 'config.json')}
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
         with pytest.raises(OSError, match='cannot write epoch_002.* Make room or choose another folder'): t.fit()
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert all(p.read_bytes() == content for p, content in before.items()) and not list(t.run.rglob('*.tmp'))
-    told = json.loads((t.run / 'config.json').read_text())
-    told['config']['num_epochs'] = 4
-    (t.run / 'config.json').write_text(json.dumps(told))
+    assert RunFolder(t.run).config.num_epochs == 4                       # going on for longer is noted before the first epoch of it
     Trainer.resume(t.run, data, tiny_net(3)).fit()
     assert read_metrics(t.run)[-1]['loss'] == read_metrics(whole.run)[-1]['loss']
 
@@ -432,3 +452,98 @@ def mortal(n):
 
 
 if __name__ == '__main__': nurse(sys.argv[1])
+
+
+# going on elsewhere, for longer, beside others
+
+def test_a_run_goes_on_for_longer(data, tmp_path):
+    "Three epochs, lengthened to five and moved between: every number and label of the run of five."
+    whole = make(data, tmp_path / 'a', num_epochs=5)
+    whole.fit()
+    short = make(data, tmp_path / 'b', num_epochs=3)
+    short.fit()
+    moved = tmp_path / 'elsewhere'
+    short.run.rename(moved)
+    Trainer.resume(moved, data, tiny_net(8), num_epochs=5, num_workers=1, log_dir=str(tmp_path)).fit()
+    same(moved, whole.run, unrated={2})                # the third epoch was the last of the short run, and so was evaluated
+    content = json.loads((moved / 'config.json').read_text())
+    assert content['config']['num_epochs'] == 5 and content['resumed'][0]['epoch'] == 3 and 'num_epochs' in content['resumed'][0]['settings']
+    assert Trainer.resume(moved, data, tiny_net(8)).config.num_epochs == 5
+
+
+@pytest.mark.parametrize('settings, said', [(dict(lr=1.), 'lr from'), (dict(seed=4), 'seed from'), (dict(pad=0), 'pad from'), (dict(num_epochs=1), 'at least the 2 epochs')])
+def test_a_run_goes_on_under_what_decides_its_weights(data, tmp_path, settings, said):
+    t = make(data, tmp_path, num_epochs=2)
+    t.fit()
+    before = (t.run / 'config.json').read_bytes()
+    with pytest.raises(ValueError, match=said): Trainer.resume(t.run, data, tiny_net(), **settings)
+    assert (t.run / 'config.json').read_bytes() == before
+
+
+def test_runs_under_one_ckpt_dir_are_kept_apart(data, tmp_path):
+    "Two studies with runs of one name: each goes on from its own checkpoints."
+    runs = [make(data, tmp_path / name, num_epochs=2, ckpt_dir=str(tmp_path / 'shared')) for name in 'ab']
+    for t in runs: t.fit()
+    a, b = (t.checkpoint_dir for t in runs)
+    assert runs[0].run.name == runs[1].run.name and a != b and a.parent == b.parent
+    for t, place in zip(runs, (a, b)):
+        again = Trainer.resume(t.run, data, tiny_net(8))
+        assert again.checkpoint_dir == place and again.epoch == 2
+    other = tmp_path / 'moved'
+    a.parent.rename(other)
+    again = Trainer.resume(runs[0].run, data, tiny_net(8), ckpt_dir=str(other), num_epochs=3)
+    assert again.epoch == 2 and again.checkpoint_dir == other / a.name
+    again.fit()
+    assert progress(checkpoints(other / a.name)[-1]) == (3, 0) and Trainer.resume(runs[0].run, data, tiny_net(8)).epoch == 3
+
+
+@pytest.mark.parametrize('net', [torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(7, 4)), torch.nn.Flatten(0), torch.nn.Identity()])
+def test_a_network_that_does_not_take_the_size(data, tmp_path, net):
+    t = make(data, tmp_path)
+    t.net = net
+    with pytest.raises(ValueError, match='height=16, width=8'): t.fit()
+    assert t.run is None and not list(tmp_path.glob('*/config.json'))
+
+
+def test_a_run_of_other_numerics_says_so(data, tmp_path):
+    t = make(data, tmp_path, num_epochs=2)
+    t.fit()
+    file = t.run / 'config.json'
+    file.write_text(file.read_text().replace('"numerics": ', '"numerics": 90'))
+    with pytest.warns(UserWarning, match='began under NUMERICS 90'): Trainer.resume(t.run, data, tiny_net())
+
+
+# a damaged run
+
+def claimed(n):
+    "A label file that claims n labels and holds none."
+    header, archive = io.BytesIO(), io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, dict(descr='<i4', fortran_order=False, shape=(n,)))
+    with zipfile.ZipFile(archive, 'w') as z: z.writestr('labels.npy', header.getvalue())
+    return archive.getvalue()
+
+
+def arrays(**named):
+    "A label file with these arrays."
+    file = io.BytesIO()
+    np.savez_compressed(file, **named)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize('content', [b'', b'junk', claimed(3_000_000_000), arrays(labels=np.zeros(5, int), confidence=np.zeros(5)), arrays(confidence=np.zeros(72)),
+                                     arrays(labels=np.array([None] * 72), confidence=np.zeros(72)), arrays(labels=np.zeros(72, int), confidence=np.zeros((72, 72)))])
+def test_damaged_labels(data, tmp_path, content):
+    t = make(data, tmp_path, num_epochs=1)
+    t.fit()
+    (t.run / 'labels/epoch_000.npz').write_bytes(content)
+    with pytest.raises(ValueError, match='epoch_000.npz must hold labels and confidence'): RunFolder(t.run).labels(0)
+    with pytest.raises(ValueError, match='epoch_000.npz must hold labels and confidence'): Trainer.resume(t.run, data, tiny_net())
+
+
+@pytest.mark.parametrize('name', ['config.json', 'metrics.jsonl', 'labels/epoch_000.npz'])
+def test_a_folder_in_a_files_place(data, tmp_path, name):
+    t = make(data, tmp_path, num_epochs=1)
+    t.fit()
+    (t.run / name).unlink()
+    (t.run / name).mkdir()
+    with pytest.raises(ValueError, match=name.split('/')[-1]): Trainer.resume(t.run, data, tiny_net()).fit()

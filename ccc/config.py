@@ -33,7 +33,8 @@ class NetworkSettings:
     arch: str = 'resnet50'  # small, resnet18, resnet50, resnet101, resnet_ibn50a, resnet_ibn101a or timm:<name>
     resnet_pretrained: str = 'V1'  # ImageNet weights V1 or V2, none, or the path of a weight file
     allow_partial: bool = False  # take what fits of a weight file whose trunk fits only in part
-    pooling_type: Literal['gem', 'avg'] = 'gem'  # generalised mean (power learnt from 3) or plain average
+    pooling_type: Literal['gem', 'avg', 'token'] = 'gem'  # generalised mean (power learnt from 3), plain average, or the class token of a transformer
+    freeze_patches: bool = False  # the patch projection of a transformer keeps its first values
     bn_chunks: int = 2  # batch statistics over this many contiguous parts of a batch; the published runs: 2 GPUs, 128 images each
     precision: Literal['auto', 'bf16', 'fp32'] = 'auto'  # of training; auto: bfloat16 on a GPU that has it. Embeddings for clustering are float32 always
     channels_last: Literal['auto', 'on', 'off'] = 'auto'  # memory layout of the convolutions; auto: on a GPU
@@ -75,8 +76,9 @@ class LearningSettings:
     num_instances: int = 16  # images of each cluster in a batch
     iters: int = 200  # steps an epoch
     num_epochs: int = 70  # epochs; the recipes have 60
-    lr: float = 3.5e-4  # Adam
-    lr_weight_decay: float = 5e-4  # added to the gradient, as Adam does, not as AdamW
+    optimizer: Literal['adam', 'adamw', 'sgd'] = 'adam'  # adam is the published one; sgd has momentum 0.9
+    lr: float = 3.5e-4  # of the optimiser, after the warm-up
+    lr_weight_decay: float = 5e-4  # adam, sgd: added to the gradient; adamw: taken off the weight matrices at each step, where 0.01 to 0.05 is usual
     lr_steps: int = 20  # epochs between two falls of the learning rate, counted from the end of the warm-up
     lr_gamma: float = 0.1  # factor of a fall
     warmup_iters: int = 10  # EPOCHS of warm-up, of the learning rate and of DBSCAN
@@ -137,6 +139,7 @@ _rules = [
     ('batch_size must be a multiple of num_instances', ('batch_size', 'num_instances'), lambda b, n: b % n == 0),
     ('batch_size must be a multiple of bn_chunks', ('batch_size', 'bn_chunks'), lambda b, c: b % c == 0),
     (f'arch must be one of {", ".join(_archs)} or timm:<name>', ('arch',), lambda a: a in _archs or a.startswith('timm:')),
+    ('pooling_type token needs a transformer, arch timm:<name>', ('pooling_type', 'arch'), lambda p, a: p != 'token' or a.startswith('timm:')),
     ('dbscan_eps must lie above 0 and not above 1, the largest Jaccard distance', ('dbscan_eps',), lambda e: 0 < e <= 1),
     ('cm_momentum must lie between 0 and 1', ('cm_momentum',), lambda m: 0 <= m <= 1),
     ('threshold must not be negative', ('threshold',), lambda t: t is None or t >= 0),

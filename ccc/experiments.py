@@ -23,6 +23,8 @@ BENCHMARKS = {
 RECIPES = {f'{dataset}-{clustering}': dict(dataset=dataset, clustering=clustering) | own | SHARED
            for dataset, own in BENCHMARKS.items() for clustering in ('hdc', 'dbscan', 'kmeans')}
 RECIPES['veri-hdc-script'] = RECIPES['veri-hdc'] | dict(hdc_outlier=False)
+RECIPES['market1501-vit'] = RECIPES['market1501-hdc'] | dict(                         # ours, and never run: no number stands behind it
+    arch='timm:vit_small_patch16_224.dino', pooling_type='token', freeze_patches=True, optimizer='sgd')
 RECIPES['city'] = dict(
     dataset='city', arch='resnet18', resnet_pretrained='none', height=64, width=32, pad=3, num_workers=4, num_clusters=90, jaccard_k1=20, loss_with_camera=True, hdc_outlier=True,
     hdc_centroids=True, **CITY_BATCH, iters=25, num_epochs=16, warmup_iters=0, lr_steps=12, eval_step_epoch=1)

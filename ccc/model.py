@@ -412,7 +412,9 @@ def _program(model):
 def _write_onnx(model, path):
     try: import onnx, onnxscript
     except ImportError as e: raise ImportError("ONNX needs `pip install 'ccc-reid[export]'`") from e
-    program = torch.onnx.export(_program(model), dynamo=True, input_names=['images'], output_names=['embeddings'], verbose=False)
+    try: program = torch.onnx.export(_program(model), dynamo=True, input_names=['images'], output_names=['embeddings'], verbose=False)
+    except torch.onnx.errors.OnnxExporterError as e:
+        raise ValueError(f"{model.info['arch']} cannot be written as ONNX by torch {torch.__version__} ({type(e).__name__}); .pt2 and .safetensors are other forms") from e
     program.save(str(path))
     proto = onnx.load(path)
     onnx.helper.set_model_props(proto, dict(ccc=json.dumps(model.info)))

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['PURPOSES', 'HDC_INIT', 'HDC_METRIC', 'REASONS', 'seed_for', 'open_dataset', 'make_network', 'label_options',
            'graph_for', 'label_free', 'epoch_batches', 'check_clusters', 'augment_batch', 'gather_batch', 'train_step',
-           'make_optimizer', 'make_memory', 'ranking_ids', 'why_no_match', 'rank_gallery', 'can_rank', 'check_size',
-           'try_network', 'fallbacks', 'UnderWay', 'cache_folder', 'State', 'BadBatch', 'Training', 'Stages',
-           'Checkpointed', 'describe_warmup', 'warmup_folder', 'leave_warmup', 'take_warmup', 'Kept', 'Guarded',
-           'Trainer', 'fit', 'Config', 'learning_rate', 'evaluation_due', 'Chunked', 'extract_embeddings', 'from_main',
-           'make_engine', 'checkpoints', 'describe_run', 'new_run', 'read_checkpoint', 'read_metrics', 'summary',
-           'table_head', 'table_line', 'write_file', 'write_metrics', 'Stopped']
+           'make_optimizer', 'decays', 'make_memory', 'ranking_ids', 'why_no_match', 'rank_gallery', 'can_rank',
+           'check_size', 'try_network', 'fallbacks', 'UnderWay', 'cache_folder', 'State', 'BadBatch', 'Training',
+           'Stages', 'Checkpointed', 'describe_warmup', 'warmup_folder', 'leave_warmup', 'take_warmup', 'Kept',
+           'Guarded', 'Trainer', 'fit', 'Config', 'learning_rate', 'evaluation_due', 'Chunked', 'extract_embeddings',
+           'from_main', 'make_engine', 'checkpoints', 'describe_run', 'new_run', 'read_checkpoint', 'read_metrics',
+           'summary', 'table_head', 'table_line', 'write_file', 'write_metrics', 'Stopped']
 
 # %% ../nbs/08_training.ipynb #b3b2789b
 import json
@@ -64,12 +64,13 @@ def open_dataset(config: Config):  # `dataset`, `root_dir`, `pattern`, `subset_i
     return dataset if config.subset_ids is None else subset(dataset, config.subset_ids)
 
 # %% ../nbs/08_training.ipynb #ed6e9ecc
-def make_network(config: Config):  # `arch`, `resnet_pretrained`, `allow_partial`, `pooling_type`, `seed`
+def make_network(config: Config):  # its `NetworkSettings`, size and seed
     "The network the settings name; random weights follow the seed and leave torch's own generator alone."
     weights = None if config.resnet_pretrained == 'none' else config.resnet_pretrained
     with torch.random.fork_rng():
         torch.manual_seed(seed_for(config.seed, 0, 'weights'))
-        return build_backbone(config.arch, weights=weights, pooling=config.pooling_type, allow_partial=config.allow_partial)
+        return build_backbone(config.arch, weights=weights, pooling=config.pooling_type, allow_partial=config.allow_partial,
+                              size=(config.height, config.width), freeze_patches=config.freeze_patches)
 
 # %% ../nbs/08_training.ipynb #3fce06fc
 HDC_INIT = {'random': 'random', 'k-means++': 'k-means++-x', 'k-means++2': 'k-means++'}
@@ -166,10 +167,19 @@ def train_step(embed,      # images -> (B / P, D), e.g. `Chunked`, perhaps wrapp
 
 # %% ../nbs/08_training.ipynb #3eca4106
 def make_optimizer(net: nn.Module,  # frozen parameters are left out
-                   config: Config):  # `lr`, `lr_weight_decay`
-    "Adam with the weight decay in the gradient, as published."
+                   config: Config):  # `optimizer`, `lr`, `lr_weight_decay`
+    "Adam or SGD with the weight decay in the gradient (Adam as published), or AdamW, which takes it off the weight matrices alone."
     learnt = [p for p in net.parameters() if p.requires_grad]
-    return torch.optim.Adam(learnt, lr=config.lr, weight_decay=config.lr_weight_decay, fused=learnt[0].is_cuda)
+    how = dict(lr=config.lr, weight_decay=config.lr_weight_decay, fused=learnt[0].is_cuda)
+    if config.optimizer == 'sgd': return torch.optim.SGD(learnt, momentum=.9, **how)
+    if config.optimizer == 'adam': return torch.optim.Adam(learnt, **how)
+    groups = [dict(params=[p for n, p in net.named_parameters() if p.requires_grad and decays(n, p)]),
+              dict(params=[p for n, p in net.named_parameters() if p.requires_grad and not decays(n, p)], weight_decay=0.)]
+    return torch.optim.AdamW([g for g in groups if g['params']], **how)
+
+def decays(name: str, p: nn.Parameter) -> bool:
+    "Whether AdamW shrinks a parameter: not norms, biases, tokens, position embeddings and GeM's power."
+    return p.ndim > 1 and not name.rsplit('.', 1)[-1].endswith(('token', 'pos_embed'))
 
 # %% ../nbs/08_training.ipynb #bdf73a31
 def make_memory(labels: PseudoLabels,  # its centroids start the memory

@@ -179,3 +179,53 @@ def test_commands(model, crops, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv('CCC_DEBUG')
     for line in ('search crops crops m.safetensors --save x.txt', 'label nowhere m.safetensors', 'label crops nowhere', 'export m.safetensors m.xyz crops'):
         assert main(line.split()) == 2 and capsys.readouterr().err.count('\n') == 1
+
+
+def frame_and_boxes():
+    "A frame of noise with 12 boxes in it."
+    rng = np.random.default_rng(4)
+    frame = rng.integers(0, 255, (120, 200, 3), dtype=np.uint8)
+    corners = rng.integers(0, 80, (12, 2))
+    return frame, np.hstack([corners, corners + rng.integers(12, 40, (12, 2))])
+
+
+def test_what_a_tracker_has_in_hand(model):
+    frame, boxes = frame_and_boxes()
+    arrays = [frame[t:b, l:r] for l, t, r, b in boxes]
+    x = model.embed(arrays)
+    forms = dict(tensors=[torch.from_numpy(a).permute(2, 0, 1) for a in arrays], pictures=[Image.fromarray(a) for a in arrays], tuple=tuple(arrays))
+    for name, crops in forms.items(): np.testing.assert_array_equal(model.embed(crops), x, name)
+    for f in (frame, Image.fromarray(frame), torch.from_numpy(frame).permute(2, 0, 1)):
+        for b in (boxes, boxes.tolist(), torch.from_numpy(boxes), boxes.astype(np.float32) + np.array([.6, .6, -.4, -.4], np.float32)):
+            np.testing.assert_array_equal(model.embed(f, boxes=b), x)
+    assert model.embed(frame, boxes=[]).shape == (0, model.info['dim'])
+    np.testing.assert_array_equal(model.embed(frame, boxes=[[-50, -9, 30.5, 400]]), model.embed(frame[:, :31]))      # cut off at the frame
+    same_size = torch.from_numpy(np.stack([frame[:40, :20], frame[40:80, :20]])).permute(0, 3, 1, 2)
+    np.testing.assert_array_equal(model.embed(same_size), model.embed([frame[:40, :20], frame[40:80, :20]]))
+    np.testing.assert_array_equal(model.embed(same_size.permute(0, 2, 3, 1).numpy()), model.embed(same_size))
+
+
+@pytest.mark.parametrize('boxes', [[[10, 10, 10, 40]], [[1, 1, 5, 5], [300, 10, 400, 40]], [[10, 10, np.nan, 40]], [[30, 30, 10, 10]], [1, 2, 3, 4], [[1, 2, 3, 4, .9]]])
+def test_boxes_that_are_none(model, boxes):
+    with pytest.raises(ValueError, match='boxes must be'): model.embed(frame_and_boxes()[0], boxes=boxes)
+
+
+def test_tensors_that_are_no_pictures(model):
+    for tensor in (torch.rand(3, 9, 9), torch.zeros(9, 9, 3, dtype=torch.uint8), torch.zeros(9, 9, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match='uint8'): model.embed([tensor])
+    with pytest.raises(ValueError, match='one frame, got 2'): model.embed([np.zeros((9, 9, 3), np.uint8)] * 2, boxes=[[0, 0, 5, 5]])
+
+
+def test_onnx_for_trackers_takes_normalised_floats(model, crops, tmp_path):
+    onnxruntime = pytest.importorskip('onnxruntime')
+    pytest.importorskip('onnxscript')
+    assert model.export_normalised(tmp_path / 'reid.onnx', crops) > .9999
+    session = onnxruntime.InferenceSession(str(tmp_path / 'reid.onnx'), providers=['CPUExecutionProvider'])
+    entry, info = session.get_inputs()[0], ccc.load(tmp_path / 'reid.onnx').info
+    assert entry.type == 'tensor(float)' and entry.shape[1:] == [3, 24, 12] and isinstance(entry.shape[0], str) and not info['normalisation']['inside']
+    mean, std = (np.array(info['normalisation'][k], np.float32) for k in ('mean', 'std'))
+    for n in (1, 5):                                             # as a tracker does it, without this package
+        pixels = np.stack([np.asarray(Image.open(p).convert('RGB').resize((12, 24), Image.Resampling.BILINEAR)) for p in sorted(crops.iterdir())[:n]])
+        z = session.run(None, {entry.name: ((pixels / np.float32(255) - mean) / std).transpose(0, 3, 1, 2).astype(np.float32)})[0]
+        assert (z * model.embed(sorted(crops.iterdir())[:n])).sum(1).min() > .9999
+    with pytest.raises(ValueError, match='.onnx file, got m.pt2'): model.export_normalised(tmp_path / 'm.pt2', crops)

@@ -190,7 +190,8 @@ def _plain_classes():
 
 def _read_file(path):
     "What a weight file holds, on the CPU."
-    if path.suffix.lower() == '.safetensors':
+    with path.open('rb') as file: head = file.read(9)
+    if path.suffix.lower() == '.safetensors' or head[8:] == b'{':        # eight bytes of length, then JSON, whatever the file is called
         from safetensors.torch import load_file
         return load_file(path)
     with torch.serialization.safe_globals(_plain_classes()):
@@ -225,10 +226,11 @@ def _tensor_sets(content, keys=(), depth=4):
     "Each dict of tensors inside a loaded file: [(the keys that lead to it, name -> tensor)], EMA and teachers first."
     if not depth or not isinstance(content, dict): return []
     names = [n for n, v in content.items() if isinstance(n, str) and isinstance(v, dict) and not n.lower().startswith(_NO_WEIGHTS)]
-    likely, others = [n for n in _SETS if n in names], [n for n in names if n not in _SETS]
+    names.sort(key=lambda n: (-_copy_rank(n), _SETS.index(n) if n in _SETS else len(_SETS)))
+    known = [n for n in names if n in _SETS or _copy_rank(n) == 2]
     inside = lambda names: [pair for n in names for pair in _tensor_sets(content[n], (*keys, n), depth - 1)]
     tensors = _tensors(content)
-    return inside(likely) + ([('.'.join(keys), tensors)] if tensors else []) + inside(others)
+    return inside(known) + ([('.'.join(keys), tensors)] if tensors else []) + inside([n for n in names if n not in known])
 
 def _tensors(content):
     "The tensors of a state dict; the names lose their wrappings, counters of batch norms are left out."
@@ -448,6 +450,7 @@ def _timm_trunk(name, pretrained, size):
     if not timm.is_model(name):
         raise ValueError(f"'timm:{name}' is not a network of timm {timm.__version__}; near: {timm.list_models(f'*{name[:8]}*')[:5]}")
     published = timm.get_pretrained_cfg(name)
+    if pretrained and not (published and published.has_weights): raise ValueError(f"weights of timm:{name} must be a file or none: timm publishes none; got 'V1'")
     fixed = bool(published and published.fixed_input_size)                       # its weights depend on the size of the image
     size = tuple(size or (published.input_size[1:] if published else (224, 224)))
     make = lambda **how: timm.create_model(name, pretrained=pretrained, num_classes=0, **how, **(dict(img_size=size) if fixed else {}))
@@ -459,6 +462,9 @@ def _timm_trunk(name, pretrained, size):
 def _for_size(name, size, make):
     "The value of `make()`; ValueError if the network cannot take images of that size."
     try: return make()
+    except OSError as e:
+        raise OSError(f"the published weights of timm:{name} could not be had ({str(e).splitlines()[0]}). Without a network: fetch them elsewhere and give the file "
+                      '(--resnet-pretrained FILE), or start from random ones (none)') from e
     except (ValueError, TypeError, AssertionError, RuntimeError, AttributeError, IndexError, ZeroDivisionError) as e:
         reason = (str(e).splitlines() or [type(e).__name__])[0]
         raise ValueError(f'timm:{name} cannot be used with images of {size[0]}x{size[1]} (--height, --width): {reason}') from e

@@ -174,3 +174,10 @@ def test_a_tiny_vit_learns_on_the_city(tmp_path):
     _, rows = trained(tmp_path, 'vit', arch='timm:test_vit', pooling_type='token', optimizer='adamw', lr=2e-3, lr_weight_decay=.02, iters=12, num_epochs=5, jaccard_k1=10)
     losses = [r['loss'] for r in rows]
     assert losses[-1] < .8 * losses[0], losses
+
+
+def test_published_weights_that_cannot_be_had(monkeypatch):
+    def offline(*args, **kwargs): raise OSError('no route to host')
+    monkeypatch.setattr(timm, 'create_model', offline)
+    with pytest.raises(OSError, match='timm:test_vit could not be had .no route to host.*--resnet-pretrained'): build_backbone('timm:test_vit', 'V1', 'token', size=(64, 32))
+    with pytest.raises(ValueError, match="timm publishes none; got 'V1'"): build_backbone('timm:tiny_swin_of_tests', 'V1', 'avg', size=(64, 32))

@@ -87,6 +87,8 @@ PEERS = {  # name: (content of the file, parts that it has)
     'teacher in one dict': (lambda s: wrong(under('student.', ours(s))) | under('teacher.', ours(s)), ALL),
     'weight averaging': (lambda s: {'n_averaged': torch.tensor(5)} | under('module.', ours(s)), ALL),
     'EMA wrapper': (lambda s: dict(model=wrong(ours(s)), ema=dict(module=ours(s), updates=7)), ALL),
+    'averaged beside trained': (lambda s: dict(model=wrong(ours(s)), swa_model=ours(s), best=np.int64(3)), ALL),
+    'two networks and their averages': (lambda s: dict(state_dict_1=wrong(open_unreid(s)), state_dict_1_ema=open_unreid(s)), ALL),
     'Lightning': (lambda s: {'pytorch-lightning_version': '2.2', 'epoch': 4, 'hyper_parameters': dict(lr=np.float64(.1)), 'callbacks': dict(best=torch.tensor(.4)), 'state_dict': under('model.', transreid(s))}, ALL),
     'torch.compile': (lambda s: under('_orig_mod.', ours(s)), ALL),
     'torch.compile inside': (lambda s: {n.replace('base.', 'base._orig_mod.'): t for n, t in cluster_contrast(s).items()}, ALL),
@@ -128,8 +130,9 @@ def test_bottleneck_and_instance_norms_by_number(arch, tmp_path):
 def test_safetensors_and_old_torch_files(source, tmp_path):
     plain = {n: t.contiguous() for n, t in ours(source).items()}
     save_file(plain, tmp_path / 'a.SAFETENSORS')
+    save_file(plain, tmp_path / 'called.pth')
     torch.save(dict(state_dict=plain, best=np.float64(1)), tmp_path / 'old.pth.tar', _use_new_zipfile_serialization=False)
-    for file in ('a.SAFETENSORS', 'old.pth.tar'): assert arrived(build_backbone('resnet18', tmp_path / file), source) == ALL
+    for file in ('a.SAFETENSORS', 'called.pth', 'old.pth.tar'): assert arrived(build_backbone('resnet18', tmp_path / file), source) == ALL
     for file in ('empty.safetensors', 'empty.pth'):
         (tmp_path / file).write_bytes(b'')
         with pytest.raises(ValueError, match=file): read_weights(tmp_path / file)

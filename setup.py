@@ -1,4 +1,5 @@
 "settings.ini -> setuptools, and every exported `ccc/_*_kernels.py` -> a compiled extension of the same name."
+import os
 import sys
 from configparser import ConfigParser
 from pathlib import Path
@@ -17,15 +18,18 @@ def lines(key):
 
 
 def kernels():
-    "The notebooks' kernels, compiled with OpenMP where the compiler has it."
+    "The notebooks' kernels, compiled with OpenMP where the compiler has it; CCC_KERNELS=bounds or address builds them checked (`tests/checked.sh`)."
     from Cython.Build import cythonize
     openmp = {'win32': ['/openmp'], 'darwin': []}.get(sys.platform, ['-fopenmp'])
-    optimise = ['/O2'] if sys.platform == 'win32' else ['-O3']
+    kind = os.environ.get('CCC_KERNELS', 'fast')
+    optimise = ['/O2'] if sys.platform == 'win32' else ['-O3'] if kind == 'fast' else ['-O1', '-g']
+    if kind == 'address': openmp = [*openmp, '-fsanitize=address']
+    checks = kind == 'bounds'
     extensions = [Extension(f'ccc.{path.stem}', [f'ccc/{path.name}'], extra_compile_args=optimise + openmp,
                             extra_link_args=[] if sys.platform == 'win32' else openmp)
                   for path in sorted((ROOT / 'ccc').glob('_*_kernels.py'))]
-    return cythonize(extensions, build_dir='build/cython', language_level=3, compiler_directives=dict(
-        boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False))
+    return cythonize(extensions, build_dir=f'build/cython-{kind}', language_level=3, compiler_directives=dict(
+        boundscheck=checks, wraparound=False, cdivision=True, initializedcheck=checks))
 
 
 setup(

@@ -8,8 +8,9 @@ __all__ = ['is_compiled', 'rank_rows', 'blend_rows']
 # %% ../nbs/07a_evaluation_kernels.ipynb #d314df98
 import cython
 from cython.parallel import prange, threadid
-import joblib
 import numpy as np
+
+import ccc._gate as gate
 
 # %% ../nbs/07a_evaluation_kernels.ipynb #d0cd55e0
 def is_compiled() -> bool:
@@ -183,9 +184,15 @@ def rank_rows(distmat: cython.const[_Real][:, ::1],  # (Q, G) float32 or float64
               n_threads: cython.int = 0):  # 0: every core
     "Per query `(ap, rank of the first match, rank of the last, number of matches)`; no match: NaN, 0, 0, 0; a NaN in the row: -1 matches."
     n: cython.Py_ssize_t = distmat.shape[0]
-    nt: cython.int = n_threads if n_threads > 0 else joblib.cpu_count()
+    nt: cython.int = gate.threads(n_threads, (n + 7) // 8)
     i: cython.Py_ssize_t
     most: cython.Py_ssize_t = 1
+    if len(order) != distmat.shape[1] or len(g_camids) != distmat.shape[1]:
+        raise ValueError(f'order and g_camids must hold {distmat.shape[1]} numbers, one for each column of distmat; got {len(order)} and {len(g_camids)}')
+    if len(lo) != n or len(hi) != n or len(q_camids) != n:
+        raise ValueError(f'lo, hi and q_camids must hold {n} numbers, one for each row of distmat; got {len(lo)}, {len(hi)} and {len(q_camids)}')
+    gate.indices('order', np.asarray(order), len(order))
+    if n and not 0 <= np.min(lo) <= np.max(hi) <= len(order): raise ValueError(f'lo and hi must lie in 0..{len(order)}; got {np.min(lo)} to {np.max(hi)}')
     for i in range(n):
         most = max(most, hi[i] - lo[i])
     own: _ML2 = np.empty((nt, most), np.int64)
@@ -230,8 +237,14 @@ def blend_rows(ip: _L1, ix: _I1, vx: _F1,    # weights of the block's queries, C
                n_threads: cython.int = 0):   # 0: every core
     "Overwrite distances by (1 - share) * Jaccard + share * distances."
     n: cython.Py_ssize_t = distances.shape[0]
-    nt: cython.int = n_threads if n_threads > 0 else joblib.cpu_count()
+    nt: cython.int = gate.threads(n_threads, n)
     i: cython.Py_ssize_t
+    gate.offsets('offsets of the queries', np.asarray(ip), n, ix.shape[0])
+    gate.same_length(columns=ix, weights=vx)
+    gate.indices('columns of the queries', np.asarray(ix), len(cp) - 1)
+    gate.offsets('offsets of the gallery', np.asarray(cp), len(cp) - 1, cx.shape[0])
+    gate.same_length(rows=cx, weights=cv)
+    gate.indices('rows of the gallery', np.asarray(cx), distances.shape[1])
     shared: _MF2 = np.zeros((nt, distances.shape[1]), np.float32)
     for i in prange(n, nogil=True, schedule='dynamic', num_threads=nt):
         _blend_row(i, threadid(), ip, ix, vx, cp, cx, cv, share, shared, distances)

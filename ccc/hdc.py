@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['CEILING', 'ALPHA', 'METRICS', 'as_graph', 'discrepancies', 'Metric', 'pairwise_distance', 'graph_plusplus',
            'nearest_start', 'CentroidDistances', 'refill', 'peripheral_objects', 'cluster_means', 'Round', 'hdc_rounds',
-           'converged', 'HDC']
+           'check_peripheral', 'converged', 'HDC']
 
 # %% ../nbs/04_hdc.ipynb #a6ff392d
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -21,24 +22,67 @@ from sklearn.cluster import kmeans_plusplus
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import validate_data
 
+from . import _gate as gate
 from . import _hdc_kernels as kernels
-from .neighbors import as_numpy, is_tensor, jaccard_distance, on_accelerator, progress
+from .neighbors import as_numpy, checked_csr, checked_embeddings, is_tensor, jaccard_distance, on_accelerator, progress
 
 # %% ../nbs/04_hdc.ipynb #695c9c7a
 CEILING = 1 - np.exp(-np.float32(1))  # float32, as computed for stored pairs: the discrepancy of two samples that share no neighbour
 
-def as_graph(graph,           # (N, N) distances in [0, 1]: sparse with absent pairs at 1, or dense
+def as_graph(graph,           # (N, N) distances in [0, 1]: any sparse format with absent pairs at 1, or dense; not changed
              n: int,          # number of samples it must be about
              ) -> csr_array:  # (N, N) float32; absent: 1
-    "The graph as CSR; ValueError for another shape or for values outside [0, 1]."
-    if graph.shape != (n, n): raise ValueError(f'graph must be (N, N) = ({n}, {n}), one row for each row of X; got {graph.shape}')
-    if not issparse(graph) and not is_tensor(graph.data):
-        stored = np.asarray(graph) != 1
-        indptr = np.r_[0, np.count_nonzero(stored, axis=1).cumsum()].astype(np.int32)
-        graph = csr_array((np.asarray(graph)[stored], np.nonzero(stored)[1].astype(np.int32), indptr), shape=(n, n))
-    if not is_tensor(graph.data): graph = csr_array(graph).astype(np.float32, copy=False)
+    "The graph as CSR in which no pair is stored twice; ValueError for another shape, columns beyond it, or values outside [0, 1]."
+    if is_tensor(getattr(graph, 'data', None)) and hasattr(graph, 'indptr'): return _checked_device_graph(graph, n)
+    graph = _sparse(graph, n) if issparse(graph) else _stored(gate.real_array('graph', graph), n)
     if graph.nnz and not (graph.data.min() >= 0 and graph.data.max() <= 1):       # NaN fails both
         raise ValueError(f'graph distances must lie in [0, 1]; got values from {graph.data.min()} to {graph.data.max()}')
+    return graph
+
+def _check_shape(graph, n):
+    if graph.shape != (n, n): raise ValueError(f'graph must be (N, N) = ({n}, {n}), one row for each row of X; got {graph.shape}')
+
+def _stored(dense, n):
+    "The pairs of a dense matrix that are closer than 1."
+    _check_shape(dense, n)
+    stored = dense != 1
+    indptr = np.r_[0, np.count_nonzero(stored, axis=1).cumsum()].astype(np.int32 if np.count_nonzero(stored) < 2**31 else np.int64)
+    return csr_array((dense[stored].astype(np.float32), np.nonzero(stored)[1].astype(indptr.dtype), indptr), shape=(n, n))
+
+def _sparse(graph, n):
+    """Any sparse matrix as CSR. Pairs stored twice are added up, as SciPy does, in float64: halves of a number give the number.
+    DIA and BSR in blocks pad with zeros: there a zero is taken for padding, and a warning says so."""
+    _check_shape(graph, n)
+    name = graph.format
+    padded = name == 'dia' or (name == 'bsr' and graph.blocksize != (1, 1))
+    zeros = np.count_nonzero(graph.data == 0) if padded else 0
+    if zeros: warnings.warn(f'{zeros} zeros of a graph in {name.upper()} format are taken for padding; if some are distances of 0, hand over CSR', stacklevel=3)
+    graph = checked_csr(graph, 'graph', n)
+    index = np.int64 if np.int64 in (graph.indices.dtype, graph.indptr.dtype) else np.int32
+    indptr, indices = (np.ascontiguousarray(a, index) for a in (graph.indptr, graph.indices))
+    if kernels.stored_twice(indptr, indices, n):
+        graph = csr_array((graph.data.astype(np.float64), indices.copy(), indptr.copy()), shape=(n, n))
+        graph.sum_duplicates()
+        graph.data[(graph.data > 1) & (graph.data <= 1 + 1e-6)] = 1               # parts of 1, rounded
+        indptr, indices = graph.indptr, graph.indices
+    graph = csr_array((np.ascontiguousarray(graph.data, np.float32), indices, indptr), shape=(n, n))
+    if padded and not graph.data.all():
+        graph = graph.copy()
+        graph.eliminate_zeros()
+    return graph
+
+def _checked_device_graph(graph, n):
+    "A `DeviceGraph` whose columns ascend in each row and lie in it."
+    _check_shape(graph, n)
+    indptr, indices, data = graph.indptr, graph.indices, graph.data
+    gate.offsets('offsets of graph', as_numpy(indptr), n, len(indices))
+    gate.same_length(columns=indices, distances=data)
+    if not len(indices): return graph
+    lowest, highest = int(indices.min()), int(indices.max())
+    if lowest < 0 or highest >= n: raise ValueError(f'columns of graph must lie in 0..{n - 1}; got {lowest} to {highest}')
+    falls = (indices[1:] <= indices[:-1]).nonzero()[:, 0] + 1
+    if not np.isin(as_numpy(falls), as_numpy(indptr)).all(): raise ValueError('columns of graph must ascend in each row; got a row in which they do not')
+    if not (data.min() >= 0 and data.max() <= 1): raise ValueError(f'graph distances must lie in [0, 1]; got values from {data.min()} to {data.max()}')
     return graph
 
 def discrepancies(graph: csr_array,  # (N, N) distances in [0, 1]; absent: 1
@@ -56,7 +100,16 @@ ALPHA = 1.9  # of the Euler cosine, as published
 def _unit(x):
     "Rows scaled to unit norm; rows of zeros stay."
     norms = (x * x).sum(1)[:, None] ** .5
+    if len(x) and not (1e-15 < norms.min() and norms.max() < 1e15): x, norms = _within_squares(x)
     return x / (norms + (norms == 0))
+
+def _within_squares(x):
+    "Rows whose squares leave float32, divided by their largest number, and the norms of the result."
+    largest = abs(x).max(1) if isinstance(x, np.ndarray) else abs(x).amax(1)
+    scale = (largest + (largest == 0))[:, None]
+    outside = ((largest < 1e-15) | (largest > 1e15))[:, None]
+    x = x / (scale * outside + ~outside)
+    return x, (x * x).sum(1)[:, None] ** .5
 
 def _square_norms(z):
     "Sum of |z|^2 over each row, real or complex."
@@ -134,6 +187,7 @@ def nearest_start(graph: csr_array,    # (N, N) distances in [0, 1]; absent: 1
         cols, values = _row(graph, start)
         nearer = values < best[cols]
         best[cols[nearer]], labels[cols[nearer]] = values[nearer], j
+        if best[start] > 0: best[start], labels[start] = 0, j      # at distance 0 from itself, stored or not
     return labels
 
 # %% ../nbs/04_hdc.ipynb #a5fea6f3
@@ -304,9 +358,28 @@ def hdc_rounds(x: np.ndarray,             # (N, D) float32 embeddings
                normalize_centroids: bool = False, ceiling: str = 'first',
                ) -> Iterator[Round]:      # without end: who loops decides when to stop
     "Harmonic Discrepancy Clustering round by round (3C, Algorithm 1)."
+    x, starts = _checked_samples(x), _checked_starts(starts, len(x))
+    check_peripheral(n_sigma, threshold)
+    return _rounds(x, as_graph(graph, len(x)), starts, metric, n_sigma, threshold, normalize_centroids, ceiling)
+
+def _checked_samples(x): return checked_embeddings(x, 'x') if not is_tensor(x) or on_accelerator(x) else x
+
+def _checked_starts(starts, n):
+    "(K,) distinct sample indices."
+    a = np.asarray(starts)
+    if a.ndim != 1 or not len(a) or a.dtype.kind not in 'iu' or len(set(a.tolist())) != len(a) or a.min() < 0 or a.max() >= n:
+        raise ValueError(f'init must be distinct sample indices, whole numbers in 0..{n - 1}; got {starts!r}')
+    return a.astype(np.int64, copy=False)
+
+def check_peripheral(n_sigma, threshold):
+    "ValueError where a limit for peripheral objects is no finite number of at least 0."
+    gate.number('n_sigma', n_sigma, 0)
+    if threshold is not None: gate.number('threshold', threshold, 0)
+
+def _rounds(x, graph, starts, metric, n_sigma, threshold, normalize_centroids, ceiling):
+    "`hdc_rounds` of input that is checked."
     def settle(nearest): return np.maximum(nearest, 0) if ceiling == 'first' else nearest
-    graph, k = as_graph(graph, len(x)), len(starts)
-    on = parts_for(x)
+    k, on = len(starts), parts_for(x)
     a, distances = discrepancies(graph), on.CentroidDistances(x, metric)
     labels, centroids = settle(nearest_start(graph, starts)), x[starts]
     while True:
@@ -365,13 +438,13 @@ class HDC(ClusterMixin, BaseEstimator):
             *,
             graph=None):   # (N, N) distances in [0, 1], CSR (absent: 1), dense, or a graph on an accelerator; None: Jaccard distance of the row-normalised X
         "Cluster X; sets `labels_ assignments_ confidence_ discrepancy_ cluster_centers_ n_iter_ shift_ init_indices_ n_ceiling_`."
+        gate.one_thread_after_fork()
         X = self._validated(X, graph)
         self._check(len(X))
         k1 = min(self.k1, len(X) - 1)
         graph = jaccard_distance(_unit(X), k1, min(self.k2, k1 + 1)) if graph is None else as_graph(graph, len(X))
         self.init_indices_, self.shift_ = self._starts(X, graph), []
-        rounds = hdc_rounds(X, graph, self.init_indices_, metric=self.metric, n_sigma=self.n_sigma, threshold=self.threshold,
-                            normalize_centroids=self.normalize_centroids, ceiling=self.ceiling)
+        rounds = _rounds(X, graph, self.init_indices_, self.metric, self.n_sigma, self.threshold, self.normalize_centroids, self.ceiling)
         for last in progress(islice(rounds, self.max_iter), 'HDC rounds'):
             self.shift_.append(last.shift)
             if converged(self.shift_, self.min_iter, self.patience): break
@@ -384,25 +457,34 @@ class HDC(ClusterMixin, BaseEstimator):
 
     def _validated(self, X, graph):
         "(N, D) float32, finite; a tensor only where the work is to be done on its device."
-        if not on_accelerator(X) and not is_tensor(getattr(graph, 'data', None)): return validate_data(self, X, dtype=np.float32, ensure_min_samples=2)
-        X, self.n_features_in_ = X.detach().float(), X.shape[1]
-        if not bool(X.isfinite().all()): raise ValueError('X must be finite; got NaN or infinity')
+        stays = on_accelerator(X) or (is_tensor(getattr(graph, 'data', None)) and hasattr(graph, 'indptr'))
+        if not stays:
+            if np.ma.is_masked(X): raise ValueError(f'X must have no masked values; got {np.ma.count_masked(X)}')
+            X = validate_data(self, as_numpy(X), dtype=np.float32, ensure_min_samples=2)
+            gate.finite_norms(np.einsum('nd,nd->n', X, X), lambda: np.isfinite(X).all(1), 'X')
+            return X
+        if not is_tensor(X): raise ValueError(f'X must be a tensor where the graph is one; got {type(X).__name__}')
+        X = X.detach()
+        if X.ndim != 2 or not len(X) or X.is_complex(): raise ValueError(f'X must be real (N, D); got {X.dtype} of shape {tuple(X.shape)}')
+        X, self.n_features_in_ = X.float(), X.shape[1]
+        gate.finite_norms((X * X).sum(1), lambda: as_numpy(X.isfinite().all(1)), 'X')
         return X
 
     def _check(self, n):
         "Every parameter against its rule, before any work."
         for name, value, choices in [('metric', self.metric, tuple(METRICS)), ('ceiling', self.ceiling, ('first', 'outlier'))]:
-            if value not in choices: raise ValueError(f'{name} must be one of {choices}; got {value!r}')
+            if not isinstance(value, str) or value not in choices: raise ValueError(f'{name} must be one of {choices}; got {value!r}')
         for name, least in [('n_clusters', 1), ('max_iter', 1), ('min_iter', 0), ('patience', 0), ('k1', 1), ('k2', 1)]:
-            if getattr(self, name) < least: raise ValueError(f'{name} must be at least {least}; got {getattr(self, name)}')
+            gate.whole(name, getattr(self, name), least)
+        for name in ('normalize_centroids', 'outliers'): gate.switch(name, getattr(self, name))
+        check_peripheral(self.n_sigma, self.threshold)
         if self.n_clusters > n: raise ValueError(f'n_clusters must not exceed the number of samples; got n_clusters={self.n_clusters} with n_samples={n}')
 
     def _starts(self, X, graph):
         "(K,) distinct sample indices."
         if not isinstance(self.init, str):
-            starts = np.asarray(self.init)
-            if starts.shape != (self.n_clusters,) or len(set(starts.tolist())) != len(starts) or starts.min() < 0 or starts.max() >= len(X):
-                raise ValueError(f'init must be {self.n_clusters} distinct sample indices in 0..{len(X) - 1}; got {self.init!r}')
+            starts = _checked_starts(self.init, len(X))
+            if len(starts) != self.n_clusters: raise ValueError(f'init must be {self.n_clusters} distinct sample indices in 0..{len(X) - 1}; got {self.init!r}')
             return starts
         random = check_random_state(self.random_state)
         if self.init == 'k-means++': return graph_plusplus(graph, self.n_clusters, random)

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from . import _gate as gate
+
 # %% ../nbs/06_memory.ipynb #d9f24906
 def _camera_bits(j, cam, n_clusters, n_cameras):
     "Entropy in bits (n_clusters,) of the cameras of each cluster; `j` and `cam` count from 0."
@@ -26,7 +28,8 @@ def _entropy_weights(bits):
 # %% ../nbs/06_memory.ipynb #01da19a5
 def _integers(name, values, n=None, device=None):
     "`values` as int64 on `device`; anything but `n` integers is an error."
-    values = torch.as_tensor(values)
+    try: values = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as e: raise ValueError(f"{name} must be integers, got {type(values).__name__}: {e}") from None
     if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool: raise ValueError(f"{name} must be integers, got {values.dtype}")
     if values.ndim != 1 or n not in (None, len(values)): raise ValueError(f"{name} must be ({'N' if n is None else n},), got shape {tuple(values.shape)}")
     return values.to(device=device, dtype=torch.int64)
@@ -115,12 +118,14 @@ def _in_turn(centroids, vectors, clusters, momentum):
 # %% ../nbs/06_memory.ipynb #288b558f
 def _checked(x, y, camids, centroids):
     "A batch as tensors on x's device: embeddings (B, D), clusters and cameras (B,) int64; anything else is a ValueError."
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point(): raise ValueError(f"x must be a tensor of floats, got {getattr(x, 'dtype', type(x).__name__)}")
     n, (k, d) = len(x) if x.ndim else 0, centroids.shape
     if x.ndim != 2 or not n or x.shape[1] != d: raise ValueError(f"x must be (B, {d}) with B > 0, got shape {tuple(x.shape)}")
     if x.device != centroids.device: raise ValueError(f"x must be on the memory's device {centroids.device}, got {x.device}")
     y = _integers('y', y, n, x.device)
     camids = torch.zeros_like(y) if camids is None else _integers('camids', camids, n, x.device)
-    nan, out = torch.stack([~x.isfinite().all(), ((y < 0) | (y >= k)).any()]).tolist()
+    nan, large, out = torch.stack([~x.isfinite().all(), ~x.detach().to(centroids.dtype).norm(dim=1).isfinite().all(), ((y < 0) | (y >= k)).any()]).tolist()
+    if large and not nan: raise ValueError(f"x must have norms that are finite in {centroids.dtype}, got values up to {x.detach().abs().max():g}")
     if nan: raise ValueError(f"x must be finite, got {int((~x.isfinite()).any(1).sum())} of {n} rows with NaN or infinity")
     if out: raise ValueError(f"y must be in [0, {k}), got {int(y.min())} to {int(y.max())}; outliers (-1) do not belong in a batch")
     return x, y, camids
@@ -142,12 +147,16 @@ class ClusterMemory(nn.Module):
                  camera_weight: bool = True, # weight the loss by camera information entropy
                 ):
         super().__init__()
-        centroids = torch.as_tensor(centroids).detach().float()
+        try: centroids = torch.as_tensor(centroids).detach()
+        except (TypeError, ValueError, RuntimeError) as e: raise ValueError(f"centroids must be (K, D) numbers, got {type(centroids).__name__}: {e}") from None
+        if centroids.is_complex() or centroids.dtype == torch.bool: raise ValueError(f"centroids must be real numbers, got {centroids.dtype}")
+        centroids = centroids.float()
         if centroids.ndim != 2 or not centroids.numel(): raise ValueError(f"centroids must be (K, D) with K, D > 0, got shape {tuple(centroids.shape)}")
         norms = centroids.norm(dim=1)
         if not (norms.isfinite() & (norms > 0)).all(): raise ValueError(f"centroids must be finite and not 0, got norms {norms.min():g} to {norms.max():g}")
-        if not temperature > 0: raise ValueError(f"temperature must be above 0, got {temperature}")
-        if not 0 <= momentum <= 1: raise ValueError(f"momentum must be in [0, 1], got {momentum}")
+        if gate.number('temperature', temperature, 0, 1e30) < 1e-30: raise ValueError(f"temperature must be above 0, got {temperature}")
+        gate.number('momentum', momentum, 0, 1)
+        gate.switch('camera_weight', camera_weight)
         if rule not in RULES: raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
         self.temperature, self.momentum, self.rule, self.camera_weight = temperature, momentum, rule, camera_weight
         self.register_buffer('centroids', F.normalize(centroids, dim=1))

@@ -169,6 +169,71 @@ def test_half_precision_embeddings():
     assert abs(low.mAP - evaluate_embeddings(q, g, *ids).mAP) < .05
 
 
+# who and by which camera: one reader, one rule for each kind of value
+
+PEOPLE = [1, 1, 2, 3, 300], [1, 2, 2, 3, 300, 7]      # queries, gallery
+CAMERAS = [0, 1, 0, 1, 0], [1, 0, 1, 0, 1, 0]
+TABLE = np.random.default_rng(5).random((5, 6)).astype(np.float32)
+NAMES = {1: 'anna', 2: 'bo', 3: 'c', 300: 'd', 7: 'e'}
+LIKE = [np.int16, np.uint16, np.int64, np.uint64, float, np.float32, list, tuple, torch.tensor, lambda a: torch.tensor(a, dtype=torch.float64), lambda a: np.array(a, object),
+        lambda a: torch.tensor(a, dtype=torch.int16), lambda a: [NAMES[i] for i in a], lambda a: np.array([NAMES[i] for i in a], object), lambda a: np.array([NAMES[i] for i in a], 'S'),
+        lambda a: np.array([NAMES[i] for i in a])[:, None][:, 0], lambda a: [2**62 + i for i in a], lambda a: [float(i) for i in a[:-1]] + a[-1:]]
+
+
+@pytest.mark.parametrize('like', LIKE, ids=range(len(LIKE)))
+def test_identities_in_any_form_give_the_same(like):
+    def kind(a): return like(a) if like not in (np.int16, np.uint16, np.int64, np.uint64, float, np.float32) else np.array(a, like)
+    want = evaluate_ranking(TABLE, *PEOPLE, *CAMERAS)
+    assert want.n_valid == 4
+    same(want, evaluate_ranking(TABLE, *map(kind, PEOPLE), *CAMERAS))
+    same(want, evaluate_ranking(TABLE, *PEOPLE, *([f'camera {i}' for i in c] for c in CAMERAS)))
+    same(want, evaluate_ranking(TABLE, *PEOPLE, *(np.array(c, np.uint8) for c in CAMERAS)))
+
+
+def test_numbers_of_different_types_are_the_same_people():
+    want = evaluate_ranking(TABLE, *PEOPLE, *CAMERAS)
+    q, g = PEOPLE
+    for a, b in [(np.uint16, np.int8), (np.uint64, np.int64), (float, np.int32), (np.float32, np.uint64)]:
+        same(want, evaluate_ranking(TABLE, np.array(q, a), np.array(g, np.int16 if b is np.int8 else b), *CAMERAS))
+
+
+@pytest.mark.parametrize('wrong, said', [
+    ([1.5, 1, 2, 3, 300], '1.5'), ([np.nan, 1, 2, 3, 300], 'nan'), ([np.inf, 1, 2, 3, 300], 'inf'), ([None, 1, 2, 3, 300], 'None'), ([True] * 5, 'bool|True'), ([2**64, 1, 2, 3, 4], str(2**64)),
+    (np.array([2**64 - 1] * 5, np.uint64), str(2**64 - 1)), (np.array([2**53 + 2.] * 5), 'within'), (np.array([2**24 + 2] * 5, np.float32), 'float32'), (np.array([4096] * 5, np.float16), 'float16'),
+    (torch.tensor([300.] * 5, dtype=torch.bfloat16), 'bfloat16'), (['anna', 1, 2, 3, 4], '1|anna'), (list('abcde'), 'both'), ([1j] * 5, 'complex'), (np.array(['2020'] * 5, 'datetime64[Y]'), 'datetime64'),
+    ([[1], [1], [2], [3], [4]], 'shape'), ([1, 2], 'shape'), ([[1], [1, 2]], 'pids'), (np.ma.masked_equal([1, 1, 2, 3, 4], 2), 'missing|mask'), (7, 'shape')])
+def test_identities_that_are_none_are_refused_by_value(wrong, said):
+    for call in (lambda: evaluate_ranking(TABLE, wrong, PEOPLE[1], *CAMERAS), lambda: evaluate_embeddings(TABLE, np.ones((6, 6)), wrong, PEOPLE[1], *CAMERAS)):
+        with pytest.raises(ValueError, match=said) as e: call()
+        assert 'pids' in str(e.value) and '\n' not in str(e.value)
+    with pytest.raises(ValueError, match='camids'): evaluate_ranking(TABLE, *PEOPLE, wrong, CAMERAS[1])
+
+
+@pytest.mark.parametrize('kind', [np.array, lambda a: np.array(a, float), lambda a: [str(i) for i in a], torch.tensor])
+def test_the_unknown_person_matches_nobody_and_is_spoken_of(kind):
+    "-1 in the gallery is a stranger, -1 as a query is skipped; what was measured without either does not change."
+    q, g = [1, -1, 2, -1], [1, -1, 2, -1, 1]
+    table, cameras = TABLE[:4, :5], ([0, 0, 1, 1], [1, 1, 0, 0, 1])
+    with pytest.warns(UserWarning, match='2 of 4 queries are skipped; 2 of 5 gallery'): got = evaluate_ranking(table, kind(q), kind(g), *cameras)
+    assert got.n_valid == 2 and got.n_query == 4 and (got.first_rank[[1, 3]] == 0).all()
+    same(got, evaluate_ranking(table, kind(q), kind([i if i > 0 else 99 + n for n, i in enumerate(g)]), *cameras))
+    assert got.n_valid == 2
+    far = evaluate_embeddings(np.eye(4, 3), np.eye(5, 3), [1, 4, 2, 5], [1, -1, 2, -1, 1], *cameras)
+    assert far.n_valid == 2
+
+
+def test_distances_keep_their_digits():
+    "Two distances that float32 takes for equal are none to float64, in whatever they come."
+    table, ids = np.array([[1 + 1e-12, 1.]]), ([1], [2, 1], [0], [1, 1])
+    for kind in (np.asarray, torch.tensor, lambda a: a.tolist(), lambda a: torch.tensor(a, requires_grad=True), np.asfortranarray):
+        assert evaluate_ranking(kind(table), *ids).mAP == 1
+    assert evaluate_ranking(np.array([[2**53, 2**53 - 1]]), *ids).mAP == 1
+    with pytest.raises(ValueError, match='2\\*\\*53'): evaluate_ranking(np.array([[2**53 + 2, 2**53 + 1]]), *ids)
+    if np.finfo(np.longdouble).nmant > 52:
+        with pytest.raises(ValueError, match='fit float64'): evaluate_ranking(np.array([[1, 1]]) + np.longdouble(2)**-60 * np.array([[1, 0]]), *ids)
+    for wrong in ([['a', 'b']], [[1j, 2]], [[None, 1]], 'x', None): pytest.raises(ValueError, evaluate_ranking, wrong, *ids)
+
+
 # properties, on drawn examples: any number of people, cameras and ties
 
 @st.composite
@@ -199,7 +264,7 @@ def test_a_ranking_does_not_know_order_or_names(case, seed):
     (distmat, q_pids, g_pids, q_camids, g_camids), rng = case, np.random.default_rng(seed)
     told, p = evaluate_ranking(*case), rng.permutation(len(g_pids))
     same(told, evaluate_ranking(distmat[:, p], q_pids, g_pids[p], q_camids, g_camids[p]))
-    people, cameras = rng.permutation(100) - 50, rng.permutation(9)
+    people, cameras = np.setdiff1d(np.arange(-50, 51), [-1])[rng.permutation(100)], rng.permutation(9)      # all but -1, nobody's name
     same(told, evaluate_ranking(distmat, people[q_pids], people[g_pids], cameras[q_camids], cameras[g_camids]))
     same(told, evaluate_ranking(8 * distmat, *case[1:]))
     order = rng.permutation(len(q_pids))

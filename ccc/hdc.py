@@ -26,6 +26,8 @@ from . import _gate as gate
 from . import _hdc_kernels as kernels
 from .neighbors import as_numpy, checked_csr, checked_embeddings, is_tensor, jaccard_distance, on_accelerator, progress
 
+gate.require_gate(kernels, 'stored_twice')
+
 # %% ../nbs/04_hdc.ipynb #695c9c7a
 CEILING = 1 - np.exp(-np.float32(1))  # float32, as computed for stored pairs: the discrepancy of two samples that share no neighbour
 

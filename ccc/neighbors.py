@@ -16,6 +16,8 @@ from . import _neighbors_kernels as kernels
 from . import _gate as gate
 from ._gate import as_numpy, is_tensor
 
+gate.require_gate(kernels, 'all_pairs')
+
 # %% ../nbs/03_neighbors.ipynb #c5e8019c
 def on_accelerator(x) -> bool:
     "Is x a torch tensor that lies elsewhere than in main memory?"

@@ -234,6 +234,13 @@ def test_a_kernel_notices_offsets_that_are_not_its_counts():
         _neighbors_kernels.fill_pairs(*parts, 0, len(X), 1., offsets, np.zeros(len(X), np.int64), np.zeros(len(X), np.float32))
 
 
+def test_kernels_without_a_gate_are_not_used(tmp_path):
+    "A build from before there was one shadows the source that has one."
+    script = f"import sys, types; import ccc; sys.modules['ccc._neighbors_kernels'] = ccc._neighbors_kernels = types.ModuleType('ccc._neighbors_kernels'); import ccc.neighbors"
+    run = subprocess.run([sys.executable, '-c', script], env=dict(os.environ, PYTHONPATH=os.pathsep.join(p for p in sys.path if p)), capture_output=True, text=True)
+    assert run.returncode and 'build_ext --inplace' in run.stderr.splitlines()[-1]
+
+
 # embeddings of any size, in any form
 
 @pytest.mark.parametrize('power', [-120, -70, -30, 0, 30, 62, 66, 100, 120])

@@ -16,7 +16,6 @@ cp "$ROOT/setup.py" "$ROOT/settings.ini" "$ROOT/README.md" "$WORK/"
 cd "$WORK"                                                   # before the checkout on sys.path: `import ccc` is this copy
 export CCC_KERNELS=$KIND OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} PYTHONPATH="$WORK" TMPDIR="$WORK"
 python setup.py -q build_ext --inplace > build.log 2>&1 || { cat build.log; exit 1; }
-python -c 'import ccc, ccc._hdc_kernels as k; assert k.is_compiled() and ccc.__file__.startswith("'"$WORK"'"), (k, ccc)'
 TESTS=("$ROOT/tests/test_safety.py")
 SELECT=()
 if [ "$PART" = quick ]; then SELECT=(-k "harms or fitted_as or is_none or any_form or counts or complete or scale or copies")
@@ -30,5 +29,6 @@ case $KIND in
               RUN=(valgrind --quiet --error-exitcode=99 --undef-value-errors=no python) ;;
     *) echo "the first word must be bounds, address or valgrind; got $KIND"; exit 2 ;;
 esac
+python -c 'import ccc, ccc._hdc_kernels as k; assert k.is_compiled() and ccc.__file__.startswith("'"$WORK"'"), (k, ccc)'
 # An access beyond a buffer inside a loop without the interpreter can only be reported, not raised: the report is an error here.
-"${RUN[@]}" -m pytest -q -p no:cacheprovider -W error::pytest.PytestUnraisableExceptionWarning "${TESTS[@]}" "${SELECT[@]}"
+"${RUN[@]}" -m pytest -q -p no:cacheprovider -W error::pytest.PytestUnraisableExceptionWarning "${TESTS[@]}" "${SELECT[@]}" "${@:3}"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RENDERER', 'CAMERAS', 'City', 'Person', 'make_person', 'draw_person', 'Camera', 'render', 'city_plan', 'city_folder',
-           'write_city']
+           'is_city', 'write_city']
 
 # %% ../nbs/01a_city.ipynb #65081237
 import hashlib, json, os, shutil, tempfile
@@ -463,21 +463,29 @@ def city_plan(city: City) -> list:  # of (folder, file name, pid, camid, shot), 
     return plan
 
 # %% ../nbs/01a_city.ipynb #4da2256d
+_PARTS = ('bounding_box_train', 'query', 'bounding_box_test')
+
 def city_folder(city: City) -> Path:
     "Where a city is kept: in the user's cache, under a name made from its settings and the renderer's version."
     key = hashlib.sha1(json.dumps([RENDERER, asdict(city)], sort_keys=True).encode()).hexdigest()[:10]
     return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'ccc' / f'city-{key}'
 
+def is_city(folder: Path) -> bool:
+    "Whether a folder has the parts of a city."
+    return all((folder / part).is_dir() for part in _PARTS)
+
 def write_city(city: City, folder: Path, n_threads: int = 0, progress: bool = True) -> Path:
-    "Draws all pictures into `folder`; it appears only when it is whole, so that an interrupted drawing is never mistaken for a city."
+    "Draws all pictures into `folder`, new or empty; it appears only when it is whole, so that an interrupted drawing is never mistaken for a city. FileExistsError if something else is in it."
     from tqdm.auto import tqdm
+    if os.path.lexists(folder) and not is_city(folder) and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f'a city is drawn into a new or empty folder, got {folder}')
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=folder.name + '-', suffix='.tmp', dir=folder.parent))
     def draw(item):
         split, name, pid, camid, shot = item
         render(city, pid, camid, shot).save(part / split / name, quality=CAMERAS[camid].quality)
     try:
-        for split in ('bounding_box_train', 'query', 'bounding_box_test'): (part / split).mkdir()
+        for split in _PARTS: (part / split).mkdir()
         plan = city_plan(city)
         with ThreadPoolExecutor(n_threads or os.cpu_count()) as pool:
             for _ in tqdm(pool.map(draw, plan), total=len(plan), desc='drawing the city', mininterval=1, disable=not progress, leave=False): pass
@@ -491,4 +499,4 @@ def _rename(part, folder):
     part.chmod(0o755)  # mkdtemp makes private folders
     try: part.rename(folder)
     except OSError:
-        if not folder.is_dir(): raise
+        if not is_city(folder): raise

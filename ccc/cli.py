@@ -223,6 +223,7 @@ def data(args: list):  # words after `ccc data`
     if options.dataset == 'folder': return print(check_images(load_dataset('folder', options.root_dir, pattern=options.pattern)))
     dataset = open_dataset(Config(dataset=options.dataset, root_dir=options.root_dir, subset_ids=options.subset_ids))
     where = str(dataset.root).replace(str(Path.home()), '~', 1)
+    print(*dataset.notes, sep='\n', end='\n' if dataset.notes else '')
     print(f'{dataset.name} in {where}\n{"":8}{"images":>9}{"identities":>12}{"cameras":>9}   images of each camera')
     for name in ('train', 'query', 'gallery'):
         split = getattr(dataset, name)

@@ -9,6 +9,7 @@ __all__ = ['BENCHMARKS', 'toy_embeddings', 'city_embeddings', 'Split', 'ReIDData
 
 # %% ../nbs/01_data.ipynb #3f0f1e9a
 import hashlib, os, re, warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .city import City, city_folder, write_city
-from .folder import SPLITS, TABLES, blur_head, image_files, number_names, read_table, walk_files
+from .city import City, city_folder, is_city, write_city
+from .folder import IMAGES, READER, SPLITS, TABLES, blur_head, image_files, inside_run, number_names, read_image, read_text, split_of, table_rows, unknown_words, walk_folder
 
 # %% ../nbs/01_data.ipynb #3876944b
 def toy_embeddings(n_ids: int = 12,  # identities
@@ -47,11 +48,7 @@ def city_embeddings(part: str = 'train',  # 'train', 'query', 'gallery', or 'unt
     return x / np.linalg.norm(x, axis=1, keepdims=True), f[f'{of}_pids'].astype(np.int64), f[f'{of}_camids'].astype(np.int64), f[f'{part}_map'].astype(np.float32)
 
 # %% ../nbs/01_data.ipynb #597a8da8
-def _open(path):
-    "The image at `path`, RGB, or an error that says which."
-    try:
-        with Image.open(path) as image: return image.convert('RGB')
-    except Exception as e: raise OSError(f'cannot read the image {path} ({type(e).__name__}). Copy it again from its source, or delete it and load with check_counts=False.') from e
+_open = read_image
 
 # %% ../nbs/01_data.ipynb #5a58afa4
 @dataclass
@@ -172,7 +169,7 @@ def _entries(folder, source):
     "(path, text to parse) of each image of a source."
     base, _, listed = source.partition(':')
     base = folder / base
-    if listed: return [(str(base / line.split()[0]), line.strip()) for line in (folder / listed).read_text().splitlines() if line.strip()]
+    if listed: return [(str(base / line.split()[0]), line.strip()) for line in read_text(folder / listed)[0].lstrip('\ufeff').splitlines() if line.strip()]
     return [(str(base / f), f) for f in image_files(base)] if base.is_dir() else []
 
 def _numbers(path, text, pattern, first_camera):
@@ -183,28 +180,51 @@ def _numbers(path, text, pattern, first_camera):
     try: pid, cam = int(g['pid']), int(g['camid']) - first_camera
     except (TypeError, ValueError): raise ValueError(f'name does not parse: pid and camid must be whole numbers, found {g} in {text!r} (file {path})') from None
     if cam < 0: raise ValueError(f'camera numbers must start at first_camera={first_camera}, found {g["camid"]!r} in {text!r} (file {path})')
+    if max(pid, cam) >= 2 ** 63: raise ValueError(f'pid and camid must be numbers of 64 bits, found {g} in {text!r} (file {path})')
     return pid, cam
+
+def _there(folder, sources, found, notes):
+    "The entries whose files are there: a list may name others. They are an error, or left out with a note."
+    if not any(':' in s for s in sources): return found
+    exists = [os.path.exists(path) for path, _ in found]
+    missing = [path for (path, _), e in zip(found, exists) if not e]
+    if not missing: return found
+    line = f'missing: {len(missing):,} of {len(found):,} images listed in {", ".join(s.partition(":")[2] for s in sources)}, the first {missing[0]}'
+    if notes is None: raise FileNotFoundError(f'{line}. Unpack the archive again, or go without them: --no-check-counts (check_counts=False)')
+    notes.append(f'{line}; left out')
+    return [f for f, e in zip(found, exists) if e]
 
 # %% ../nbs/01_data.ipynb #bfd7352b
 def read_split(folder: str | Path,  # the data set's folder
                sources: tuple,  # as in Layout; () for an empty split
                pattern: str, first_camera: int = 1,  # as in Layout
+               notes: list | None = None,  # what cannot be read is left out, and said in a line added here; None: it is an error
               ) -> Split:  # sorted by path; junk (a pid of -1 in the name) left out
     "Lists the images of some sources, with identity and camera from their names; ValueError for no image, or a name that does not parse."
-    found = sorted(e for s in sources for e in _entries(Path(folder), s))
+    found = _there(Path(folder), sources, sorted(e for s in sources for e in _entries(Path(folder), s)), notes)
     if sources and not found: raise ValueError(f'empty split: no image in {", ".join(str(Path(folder) / s) for s in sources)}. Was the archive unpacked whole?')
-    rows = [r for r in ((path, *_numbers(path, text, pattern, first_camera)) for path, text in found) if r[1] != -1]
+    strange = [path for path, text in found if notes is not None and not re.search(pattern, text)]
+    if strange: notes.append(f'left out: {len(strange):,} of {len(found):,} files of {", ".join(sources)}, whose names say no identity and camera: {_listed(map(_name_of, strange))}')
+    known = found if not strange else [f for f in found if f[0] not in set(strange)]
+    rows = [r for r in ((path, *_numbers(path, text, pattern, first_camera)) for path, text in known) if r[1] != -1]
     paths, pids, camids = zip(*rows) if rows else ((), (), ())
     return Split(np.array(paths, str), np.array(pids, np.int64), np.array(camids, np.int64))
 
 # %% ../nbs/01_data.ipynb #696f67c3
-_USUAL = dict(train=('train', 'bounding_box_train', 'image_train'), query=('query', 'image_query'), gallery=('gallery', 'bounding_box_test', 'image_test'))
+def _name_of(path): return Path(path).name
+
+def _listed(items, most=3):
+    "Some of many, as text that can be printed."
+    items = list(items)
+    return ', '.join(ascii(str(i))[1:-1] for i in items[:most]) + (', …' if len(items) > most else '')
 
 def _own_sources(root, asked):
     "Split -> sources: those asked for, else the folders of usual names, else all for training."
-    found = {part: tuple(f for f in names if (root / f).is_dir())[:1] for part, names in _USUAL.items()}
-    if not any(found.values()): found['train'] = ('.',)
-    return {part: found[part] if s is None else (s,) if isinstance(s, str) else tuple(s) for part, s in asked.items()}
+    names = sorted(f.name for f in root.iterdir() if f.is_dir())
+    splits = {n: split_of(n.lower(), {m.lower() for m in names}) for n in names}
+    usual = {part: tuple(n for n in names if splits[n] == part)[:1] for part in SPLITS}
+    if not any(usual.values()): usual['train'] = ('.',)
+    return {part: usual[part] if s is None else (s,) if isinstance(s, str) else tuple(s) for part, s in asked.items()}
 
 def _own_entries(root, sources):
     "Split -> (path, text to parse) of its images, sorted; ValueError where a source has none."
@@ -214,11 +234,10 @@ def _own_entries(root, sources):
     return entries
 
 # %% ../nbs/01_data.ipynb #d0ace8d2
-def _words(path, text, pattern):
-    "pid and camid as the text has them, '' where the pattern does not say."
+def _words(text, pattern):
+    "pid and camid as the text has them, '' where the pattern does not say; None if it does not match."
     m = re.search(pattern, text)
-    if m is None: raise ValueError(f'name does not parse: {text!r} has no match for {pattern!r} (file {path}). Rename or remove the file, or give another pattern.')
-    return [m.groupdict().get(name) or '' for name in ('pid', 'camid')]
+    return m and [m.groupdict().get(name) or '' for name in ('pid', 'camid')]
 
 def _check_pattern(pattern):
     "ValueError for what is no regular expression, or says neither pid nor camid."
@@ -226,33 +245,68 @@ def _check_pattern(pattern):
     except re.error as e: raise ValueError(f'pattern must be a regular expression, got {pattern!r}: {e}') from None
     if pattern and not {'pid', 'camid'} & set(groups): raise ValueError(f'pattern must have a group (?P<pid>…) or (?P<camid>…), got {pattern!r}')
 
+def _from_zero(camids, first_camera):
+    "Cameras counted from 0: `first_camera` is the first number in names; None: 0 where there is a camera 0, else 1."
+    if not (camids >= 0).any(): return camids
+    lowest = camids[camids >= 0].min()
+    first = min(1, lowest) if first_camera is None else first_camera
+    if lowest < first: raise ValueError(f'camera numbers must start at first_camera={first}, found {lowest}')
+    return np.where(camids >= 0, camids - first, -1)
+
+# %% ../nbs/01_data.ipynb #5b24c467
 def _own_splits(root, sources, pattern, first_camera):
-    "The splits of a folder of one's own."
+    "The splits of a folder of one's own, and lines on what its names do not say."
     rows = [(part, *e) for part, found in _own_entries(root, sources).items() for e in found]
-    if pattern is None: pattern = _NAME if all(re.search(_NAME, text) for _, _, text in rows) else ''
-    _check_pattern(pattern)
-    said = [_words(path, text, pattern) for _, path, text in rows]
-    rows, said = ([a for a, s in zip(both, said) if s[0] != '-1'] for both in (rows, said))      # junk
+    _check_pattern(pattern or '')
+    own = _NAME if pattern is None else pattern
+    words = [_words(text, own) for _, _, text in rows]
+    strange = [path for (_, path, _), w in zip(rows, words) if w is None]
+    if pattern and len(strange) == len(rows): raise ValueError(f'name does not parse: {rows[0][2]!r} has no match for {pattern!r} (file {rows[0][1]}), nor has any other name. Give another pattern.')
+    words = [w or ['', ''] for w in words]
+    junk = [path for (_, path, _), w in zip(rows, words) if w[0] == '-1']
+    rows, words = ([a for a, w in zip(both, words) if w[0] != '-1'] for both in (rows, words))
     if not rows: raise ValueError(f'a data set needs images, got nothing but junk (-1 for the identity) in {root}')
-    (pids, numbers), (camids, numbered) = (number_names(column) for column in zip(*said))
-    if numbered and (camids >= 0).any():
-        if camids[camids >= 0].min() < first_camera: raise ValueError(f'camera numbers must start at first_camera={first_camera}, found {camids[camids >= 0].min()}')
-        camids = np.where(camids >= 0, camids - first_camera, -1)
+    (pids, _), (camids, numbered) = (number_names(column) for column in zip(*words))
+    if numbered: camids = _from_zero(camids, first_camera)
     parts, paths = (np.array([r[k] for r in rows], str) for k in (0, 1))
-    return [Split(paths[parts == p], pids[parts == p], camids[parts == p]) for p in SPLITS]
+    return [Split(paths[parts == p], pids[parts == p], camids[parts == p]) for p in SPLITS], _name_notes(strange, junk, zip(*words), len(words) + len(junk))
+
+def _name_notes(strange, junk, columns, n):
+    "What the names of a folder's images do not say."
+    notes = []
+    if 0 < len(strange) < n: notes.append(f'unknown: identity and camera of {len(strange):,} of {n:,} images, whose names are not like the others: {_listed(map(_name_of, strange))}')
+    if junk: notes.append(f'left out: {len(junk):,} of {n:,} images, which are junk by name (-1 for the identity): {_listed(map(_name_of, junk))}')
+    for meaning, column in zip(('identity', 'camera'), columns):
+        words = unknown_words(column)
+        if words: notes.append(f'unknown: {meaning} of {sum(words.values()):,} images, by the words {_listed(words)}')
+    return notes
 
 # %% ../nbs/01_data.ipynb #5b0e42d9
 def _own_dataset(root, pattern, asked, first_camera):
     "The data set in a folder, a table or a DataFrame."
-    if hasattr(root, 'to_dict') or Path(root).suffix.lower() in TABLES:
-        folder = '.' if hasattr(root, 'to_dict') else str(Path(root).expanduser().parent)
-        return ReIDDataset('folder', folder, *(Split(*a) for a in read_table(root if hasattr(root, 'to_dict') else Path(root).expanduser()).values()))
+    framed = hasattr(root, 'to_dict')
+    if framed or Path(root).suffix.lower() in TABLES and not Path(root).expanduser().is_dir():
+        splits, notes = table_rows(root if framed else Path(root).expanduser())
+        return ReIDDataset('folder', '.' if framed else str(Path(root).expanduser().parent), *(Split(*a) for a in splits.values()), notes=tuple(notes))
     root = Path(root).expanduser()
     if not root.is_dir(): raise FileNotFoundError(f'dataset folder needs a folder or a table ({", ".join(TABLES)}), {root} does not exist' if not root.exists() else
                                                   f'dataset folder needs a folder or a table ({", ".join(TABLES)}), got {root}')
-    splits, ignored = _own_splits(root, _own_sources(root, asked), pattern, first_camera), {}
-    for f in set(walk_files(root)) - set(image_files(root)): ignored[Path(f).suffix] = ignored.get(Path(f).suffix, 0) + 1
-    return ReIDDataset('folder', str(root), *splits, ignored)
+    if inside_run(root): raise ValueError(f'a folder of images must not lie in a run, whose pictures are our own output, got {root} in the run {inside_run(root)}')
+    sources = _own_sources(root, asked)
+    splits, notes = _own_splits(root, sources, pattern, first_camera)
+    files, own = walk_folder(root)
+    if own: notes.append(f'left out: {len(own):,} folder{"s" * (len(own) > 1)} of our own output, runs or rendered cities: {_listed(own)}')
+    if not any(asked.values()): notes += _unread(root, files, sources)
+    ignored = Counter(Path(f).suffix for f in files if not f.lower().endswith(IMAGES))
+    return ReIDDataset('folder', str(root), *splits, dict(ignored), tuple(notes))
+
+def _unread(root, files, sources):
+    "What lies beside the folders of the splits."
+    used = tuple(f'{s}/' for of_split in sources.values() for s in of_split)
+    if './' in used: return []
+    beside = Counter(f.partition('/')[0] if '/' in f else 'the folder itself' for f in files if f.lower().endswith(IMAGES) and not f.startswith(used))
+    if not beside: return []
+    return [f'left out: {sum(beside.values()):,} images outside of {", ".join(sorted(used))}: {_listed([f"{folder} {n}" for folder, n in sorted(beside.items())], 8)}']
 
 # %% ../nbs/01_data.ipynb #c112ca47
 def _check_counts(dataset, counts):
@@ -261,21 +315,33 @@ def _check_counts(dataset, counts):
     for part, (images, ids) in counts.items():
         split = getattr(dataset, part)
         seen = len(split), len(np.unique(split.pids)) if ids else None
-        if seen != (images, ids): raise ValueError(f'{dataset.name} {part}: expected {say(images, ids)}, found {say(*seen)} in {dataset.root}. Unpack the archive again, or pass check_counts=False if this is meant.')
+        if seen != (images, ids): raise ValueError(f'{dataset.name} {part}: expected {say(images, ids)}, found {say(*seen)} in {dataset.root}. Unpack the archive again, or say that this is meant: --no-check-counts (check_counts=False).')
 
 def _city_root(city, root):
     "The city's folder, drawn first if need be."
-    folder = city_folder(city) if root is None else Path(root).expanduser() / city_folder(city).name
-    return folder if folder.is_dir() else write_city(city, folder)
+    if root is None: folder = city_folder(city)
+    elif Path(root).expanduser().name == city_folder(city).name and is_city(Path(root).expanduser()): folder = Path(root).expanduser()
+    else: folder = Path(root).expanduser() / city_folder(city).name
+    if is_city(folder): return folder
+    if root is not None: _check_unused(Path(root).expanduser())
+    return write_city(city, folder)
+
+def _check_unused(root):
+    "ValueError for a place with anything in it that is not ours: the city is drawn into no folder of data."
+    way = 'For your own images add --dataset folder (load_dataset("folder", …)); without root_dir the city has a folder of its own'
+    if not os.path.lexists(root): return
+    if not root.is_dir(): raise ValueError(f'root_dir of the rendered city must be a new or empty folder, got the file {root}. {way}')
+    files = walk_folder(root)[0]
+    if files: raise ValueError(f'root_dir of the rendered city must be a new or empty folder, got {root} with {len(files):,} files: {_listed(files)}. {way}')
 
 # %% ../nbs/01_data.ipynb #7f3f90f7
 def load_dataset(name: str = 'city',  # city, market1501, msmt17, veri or folder
                  root: str | Path | None = None,  # data set's folder or the one above; folder: also a .csv, .parquet or DataFrame; None: $CCC_DATA, else ~/Dataset; for the city, its cache
                  *, check_counts: bool = True,  # False: a benchmark may have other numbers of images than published
                  city: City | None = None,  # settings of the rendered city
-                 pattern: str | None = None,  # folder: regular expression with groups pid and camid, either of which may be missing; None: Market-1501's names if all are of that kind
+                 pattern: str | None = None,  # folder: regular expression with groups pid and camid, either of which may be missing; None: Market-1501's names, where they are of that kind
                  train: str | tuple | None = None, query: str | tuple | None = None, gallery: str | tuple | None = None,  # folder: sources of the splits; () for none, None: folders of the usual names, else all for training
-                 first_camera: int = 1,  # folder: number of the first camera in names
+                 first_camera: int | None = None,  # folder: number of the first camera in names; None: 0 where there is a camera 0, else 1
                 ) -> ReIDDataset:
     "Finds a data set and lists its images; none is opened. FileNotFoundError or ValueError say what was looked for, where, and what was found."
     if name == 'city': root = _city_root(city or City(), root)
@@ -284,8 +350,9 @@ def load_dataset(name: str = 'city',  # city, market1501, msmt17, veri or folder
     known, root = {'city': Benchmark((), (_CONVERTED,)), **BENCHMARKS}, Path(root).expanduser()
     if name not in known: raise ValueError(f'dataset must be one of {", ".join(known)}, folder, got {name!r}')
     folder, layout = _locate(name, root, known[name])
-    parts = [read_split(folder, sources, layout.pattern, layout.first_camera) for sources in (layout.train, layout.query, layout.gallery)]
-    dataset = ReIDDataset(name, str(folder), *parts)
+    notes = None if check_counts else []
+    parts = [read_split(folder, sources, layout.pattern, layout.first_camera, notes) for sources in (layout.train, layout.query, layout.gallery)]
+    dataset = ReIDDataset(name, str(folder), *parts, notes=tuple(notes or ()))
     if check_counts: _check_counts(dataset, known[name].counts)
     return dataset
 
@@ -296,7 +363,7 @@ def subset(dataset: ReIDDataset, n_ids: int  # how many identities, at least 1
     if n_ids < 1: raise ValueError(f'n_ids must be at least 1, got {n_ids}')
     first, test = np.unique(dataset.train.pids)[:n_ids], np.unique(dataset.query.pids)[:n_ids]
     keep = lambda split, ids: split.where(np.isin(split.pids, ids))
-    return ReIDDataset(f'{dataset.name}-{n_ids}', dataset.root, keep(dataset.train, first), keep(dataset.query, test), keep(dataset.gallery, test))
+    return replace(dataset, name=f'{dataset.name}-{n_ids}', train=keep(dataset.train, first), query=keep(dataset.query, test), gallery=keep(dataset.gallery, test))
 
 # %% ../nbs/01_data.ipynb #26de1df6
 def _decode(split, height, width, num_workers, progress):
@@ -315,7 +382,8 @@ def image_key(split: Split, height: int, width: int,  # as of load_images
     import PIL
     from PIL import features
     digest = lambda path: hashlib.blake2b(Path(path).read_bytes(), digest_size=16).digest()
-    key = hashlib.blake2b(f'{height}x{width} bilinear blur {split.blur} Pillow {PIL.__version__} jpeg {features.version("jpg")}'.encode(), digest_size=10)
+    codecs = {name: features.version(name) for name in sorted(features.get_supported_codecs())}
+    key = hashlib.blake2b(f'{height}x{width} bilinear blur {split.blur} reader {READER} Pillow {PIL.__version__} {codecs}'.encode(), digest_size=10)
     with ThreadPoolExecutor(num_workers or min(16, os.cpu_count() or 1)) as pool:
         for d in pool.map(digest, split.paths): key.update(d)
     return key.hexdigest()

@@ -27,7 +27,7 @@ from torch import nn
 
 from .config import Config, changes
 from .data import _MEAN, _STD, Split, _open, load_dataset, load_images, normalize
-from .folder import blur_head, check_images, image_files, keep_readable
+from .folder import blur_head, check_images, image_files, keep_readable, to_rgb
 from .labels import PseudoLabels, make_labels
 from .runs import RunFolder
 from .training import checkpoints, make_network, read_checkpoint, read_metrics, write_file
@@ -64,10 +64,10 @@ def cut_boxes(frame,  # one picture, as of `Crops`
 class Crops:
     "Pictures with names: `len`, `image(i)`, `names`."
     def __init__(self,
-                 images):  # a folder, a file, a PIL image, an array (H, W, 3), a tensor (3, H, W), a list of any of them but folders, a batch (N, …), a `Split`, or `Crops`
+                 images):  # a folder, a file, a PIL image, an array (H, W) or (H, W, 3) in RGB, a tensor (3, H, W), a list of any of them but folders, a batch (N, …), a `Split`, or `Crops`
         images = arrays_of(images)
         if isinstance(images, (str, os.PathLike)) and Path(images).is_dir(): images = [Path(images) / f for f in image_files(images)]
-        elif isinstance(images, (str, os.PathLike, Image.Image)) or getattr(images, 'ndim', 0) == 3: images = [images]
+        elif isinstance(images, (str, os.PathLike, Image.Image)) or getattr(images, 'ndim', 0) in (2, 3): images = [images]
         self.items = images
         named = getattr(images, 'names', getattr(images, 'paths', None))
         self.names = [str(n) for n in (images if named is None else named)] if named is not None or all(isinstance(i, (str, os.PathLike)) for i in images) else [str(i) for i in range(len(images))]
@@ -79,7 +79,8 @@ class Crops:
         if hasattr(self.items, 'image'): return self.items.image(i)
         item = self.items[i]
         if isinstance(item, (str, os.PathLike)): return _open(item)
-        return (item if isinstance(item, Image.Image) else Image.fromarray(np.asarray(item))).convert('RGB')
+        try: return to_rgb(item)
+        except ValueError as e: raise ValueError(f'image {self.names[i]}: {e}') from None
 
     def where(self, keep) -> 'Crops':  # positions
         "Those pictures alone."

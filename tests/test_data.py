@@ -9,7 +9,8 @@ from PIL import Image
 from torchvision.transforms import functional as TF
 
 from ccc.city import City, city_folder, city_plan
-from ccc.data import (BENCHMARKS, CameraAwareSampler, apply_augmentation, augment, draw_augmentation, load_dataset, load_images,
+from ccc.cli import main
+from ccc.data import (BENCHMARKS, CameraAwareSampler, apply_augmentation, augment, draw_augmentation, image_key, load_dataset, load_images,
                       normalize, subset)
 
 TINY = City(n_train=4, n_test=3, n_distractors=3, n_junk=2)
@@ -206,3 +207,31 @@ def test_market1501_itself():
     d = load_dataset('market1501')
     assert len(np.unique(d.train.camids)) == 6 and (d.gallery.pids == 0).sum() == 2798
     assert [len(s) for s in (subset(d, 100).train, subset(d, 100).query, subset(d, 100).gallery)] == [1747, 449, 1926]
+
+
+def test_listed_files_that_are_not_there(tmp_path, capsys):
+    names = [f'{i:04d}/{i:04d}_000_0{1 + i % 3}_0303morning_0006_{i}.jpg' for i in range(6)]
+    folder = tree(tmp_path, *(f'MSMT17_V1/{part}/{n}' for part in ('train', 'test') for n in names)) / 'MSMT17_V1'
+    lines = [f'{n} {i}' for i, n in enumerate(names)]
+    for part in ('train', 'val', 'query', 'gallery'): (folder / f'list_{part}.txt').write_text('\r\n'.join(lines), encoding='utf-8-sig')
+    whole = load_dataset('msmt17', tmp_path, check_counts=False)
+    assert sorted(set(whole.train.pids.tolist())) == list(range(6)) and whole.notes == ()
+    (folder / 'test' / names[2]).unlink()
+    with pytest.raises(FileNotFoundError, match='1 of 6 images listed in list_query.txt.*--no-check-counts'): load_dataset('msmt17', tmp_path)
+    partly = load_dataset('msmt17', tmp_path, check_counts=False)
+    assert len(partly.query) == len(partly.gallery) == 5 and 'missing: 1 of 6' in partly.notes[0] and subset(partly, 2).notes == partly.notes
+    assert main(['data', '--dataset', 'msmt17', '--root-dir', str(tmp_path), '--subset-ids', '3']) == 0 and 'missing: 1 of 6' in capsys.readouterr().out
+
+
+def test_a_stray_name_in_a_benchmark(tmp_path):
+    tree(tmp_path, *(f'{s}/0001_c1s1_000001_00.jpg' for s in CONVERTED), 'query/holiday.jpg')
+    with pytest.raises(ValueError, match='does not parse.*holiday'): load_dataset('market1501', tmp_path)
+    partly = load_dataset('market1501', tmp_path, check_counts=False)
+    assert len(partly.query) == 1 and 'holiday.jpg' in partly.notes[0]
+
+
+def test_the_cache_follows_the_reader(city, monkeypatch):
+    import ccc.data
+    before = image_key(city.train, 24, 12)
+    monkeypatch.setattr(ccc.data, 'READER', ccc.data.READER + 1)
+    assert image_key(city.train, 24, 12) != before

@@ -6,11 +6,12 @@
 __all__ = ['COMMANDS', 'starting_point', 'read_options', 'TrainOptions', 'train_options', 'refuse_others', 'print_config',
            'train', 'settings_of', 'EvaluateOptions', 'evaluate', 'explain', 'LabelOptions', 'label', 'SearchOptions',
            'search', 'ExportOptions', 'export', 'DataOptions', 'data', 'ReportOptions', 'report', 'AblateOptions',
-           'ablate', 'SuggestOptions', 'suggest', 'usage', 'main']
+           'ablate', 'SuggestOptions', 'suggest_options', 'suggest', 'usage', 'run_command', 'main']
 
 # %% ../nbs/10_cli.ipynb #3bd99261
 import argparse
 import contextlib
+import errno
 import io
 import os
 import re
@@ -19,9 +20,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
-from .config import Config, changed_settings, changes
+from .config import Config, changed_settings, changes, check_places
 from .experiments import RECIPES, command, recipe, start
 from .folder import TABLES, check_images
+from .writing import check_free, one_line
 
 # %% ../nbs/10_cli.ipynb #a0afb3a0
 def _named(option, args, otherwise):
@@ -36,12 +38,16 @@ def starting_point(args: list) -> Config:  # words after `ccc train`
     return recipe(named) if named else start(_named('dataset', args, 'city'))
 
 # %% ../nbs/10_cli.ipynb #5f31fd64
-def _one_line(box):
-    "The text of tyro's complaint, without its box and its pointer to the help."
+def _one_line(box, args=()):
+    "The text of tyro's complaint, without its box and its pointer to the help; words that the box had broken are whole again."
     boxed = '╭' in box                               # else the terminal has no line drawing, and the title is a part of its own
     text = re.sub(r'\s+', ' ', re.sub(r'╭.*╮|╰.*╯|│', ' ', box))
     parts = [p.strip() for p in re.split(r'[─-]{8,}', text)][0 if boxed else 1:]
-    return ' '.join(p for p in parts if p and not p.startswith(('Argument helptext', 'For full helptext'))).removeprefix('Error parsing config: ')
+    text = ' '.join(p for p in parts if p and not p.startswith(('Argument helptext', 'For full helptext'))).removeprefix('Error parsing config: ')
+    for word in (w for w in args if 20 < len(w) < 5000):
+        broken = r'\s*'.join(map(re.escape, re.sub(r'\s', '', word)))
+        text = re.sub(broken, lambda m, word=word: word, text)
+    return text
 
 # %% ../nbs/10_cli.ipynb #d3e39a0b
 def read_options(kind,  # a dataclass of options
@@ -55,7 +61,7 @@ def read_options(kind,  # a dataclass of options
         with contextlib.redirect_stderr(said): return tyro.cli(kind, args=args, prog=prog, **keep)
     except SystemExit as stop:
         if not stop.code: raise                      # --help has been shown
-        raise ValueError(_one_line(said.getvalue())) from None
+        raise ValueError(_one_line(said.getvalue(), args)) from None
 
 # %% ../nbs/10_cli.ipynb #a3a26f7b
 @dataclass
@@ -92,6 +98,7 @@ def train(args: list):  # words after `ccc train`
     "train by 3C; bare: the rendered city"
     options = train_options(args)
     if options.print_config: return print_config(options.config)
+    check_places(options.config)
     from ccc.training import fit
     if options.resume is None: fit(options.config)
     else: fit(resume=options.resume, **changes(options.config, settings_of(options.resume)))
@@ -137,7 +144,7 @@ def explain(query, gallery,  # splits
     "Why queries have no match; ValueError if none has one."
     from ccc.training import REASONS, why_no_match
     why = why_no_match(query, gallery)
-    lines = [f'{len(at)} of {len(query)} queries have no match, {REASONS[r]}: {", ".join(ascii(Path(query.paths[i]).name)[1:-1] for i in at[:most])}{", …" if len(at) > most else ""}'
+    lines = [f'{len(at)} of {len(query)} queries have no match, {REASONS[r]}: {", ".join(one_line(Path(query.paths[i]).name) for i in at[:most])}{", …" if len(at) > most else ""}'
              for r in range(1, len(REASONS)) if len(at := (why == r).nonzero()[0])]
     if why.all(): raise ValueError('an evaluation needs a query with a match in the gallery; ' + ('; '.join(lines) or 'got no query at all'))
     return lines
@@ -153,18 +160,27 @@ class LabelOptions:
     k1: int = 30  # neighbours of the Jaccard graph; fewer if people have few images
     min_instances: int = 4  # images a cluster needs
     blur: bool = False  # hide heads on the page: the upper quarter of each crop
+    force: bool = False  # replace files that ccc did not write
 
 def label(args: list):  # words after `ccc label`
     "cluster a folder of crops"
     import tyro
     o = read_options(tyro.conf.PositionalRequiredArgs[LabelOptions], args, 'ccc label')
+    _at_least_one(num_clusters=o.num_clusters, k1=o.k1, min_instances=o.min_instances)
+    table, page = f'{o.out}.csv', f'{o.out}.html'
+    check_free(table, page, force=o.force)                 # before the work, not after
     from ccc.model import load, open_crops, write_labels, write_page
     model, (crops, notes) = load(o.model), open_crops(o.images)
     print(*notes, sep='\n', end='\n' if notes else '')
     labels = model.label(crops, o.num_clusters, o.k1, o.min_instances)
-    write_labels(f'{o.out}.csv', crops.paths, labels)
-    write_page(f'{o.out}.html', crops, labels, blur=o.blur)
-    print(f'{len(crops):,} images, {labels.n_clusters:,} clusters, {labels.n_outliers:,} images in none: {o.out}.csv, {o.out}.html')
+    write_labels(table, crops.paths, labels, force=o.force)
+    write_page(page, crops, labels, blur=o.blur, table=table, force=o.force)
+    print(f'{len(crops):,} images, {labels.n_clusters:,} clusters, {labels.n_outliers:,} images in none: {one_line(table)}, {one_line(page)}')
+
+def _at_least_one(**values):
+    "ValueError for an option below 1 or beyond what can be meant; None is the option left out."
+    for name, value in values.items():
+        if value is not None and not 1 <= value <= 1_000_000_000: raise ValueError(f'{name} must lie between 1 and a billion, got {name}={value}')
 
 # %% ../nbs/10_cli.ipynb #c5a53cb5
 @dataclass
@@ -175,18 +191,27 @@ class SearchOptions:
     model: str  # folder of a run, a checkpoint or an exported model
     k: int = 10  # hits for each query
     save: str | None = None  # keep the index of the gallery here (.faiss), for the next search
+    force: bool = False  # with --save: replace files that ccc did not write
 
 def search(args: list):  # words after `ccc search`
     "find the crops most like a query"
     import tyro
     o = read_options(tyro.conf.PositionalRequiredArgs[SearchOptions], args, 'ccc search')
+    _at_least_one(k=o.k)
     if o.save and not o.save.endswith('.faiss'): raise ValueError(f'save must end in .faiss, got {o.save}')
+    if o.save: check_free(o.save, Path(o.save).with_suffix('.json'), force=o.force)
     from ccc.model import Index, load, open_crops
-    model, one = load(o.model), Path(o.query).is_file() and Path(o.query).suffix.lower() not in TABLES
-    gallery = Index.load(o.gallery) if o.gallery.endswith('.faiss') else model.index(open_crops(o.gallery)[0])
-    if o.save: gallery.save(o.save)
-    for q, rank, name, cosine in model.search(o.query if one else open_crops(o.query)[0], gallery, o.k).rows():
-        print(f'{ascii(q)[1:-1]}\t{rank}\t{cosine:.3f}\t{ascii(name)[1:-1]}')
+    def opened(path):
+        "The images of a folder or table; what cannot be read is named beside the hits, not among them."
+        crops, notes = open_crops(path)
+        for note in notes: print(f'ccc search: {one_line(path)}: {note}', file=sys.stderr)
+        return crops
+    saved, one = Index.load(o.gallery) if o.gallery.endswith('.faiss') else None, Path(o.query).is_file() and Path(o.query).suffix.lower() not in TABLES
+    model = load(o.model)
+    gallery = saved if saved is not None else model.index(opened(o.gallery))
+    if o.save: gallery.save(o.save, o.force)
+    for q, rank, name, cosine in model.search(o.query if one else opened(o.query), gallery, o.k).rows():
+        print(f'{one_line(q)}\t{rank}\t{cosine:.3f}\t{one_line(name)}')
 
 # %% ../nbs/10_cli.ipynb #902646a7
 @dataclass
@@ -196,14 +221,15 @@ class ExportOptions:
     path: str  # of the file: .onnx, .pt2 or .safetensors
     images: str  # folder of crops or table, for the check: the first 16 are compared
     licence: str = 'not stated'  # of the weights, for the card
+    force: bool = False  # replace files that ccc did not write
 
 def export(args: list):  # words after `ccc export`
     "write a model as ONNX, torch.export or safetensors"
     import tyro
     o = read_options(tyro.conf.PositionalRequiredArgs[ExportOptions], args, 'ccc export')
     from ccc.model import load, open_crops
-    lowest = load(o.model).export(o.path, open_crops(o.images)[0], o.licence)
-    print(f'{o.path}: cosine to the original at least {lowest:.7f} on real images; {Path(o.path).with_suffix(".md")}')
+    lowest = load(o.model).export(o.path, open_crops(o.images)[0], o.licence, o.force)
+    print(f'{one_line(o.path)}: cosine to the original at least {lowest:.7f} on real images; {one_line(Path(o.path).with_suffix(".md"))}')
 
 # %% ../nbs/10_cli.ipynb #07a72f22
 @dataclass
@@ -213,6 +239,7 @@ class DataOptions:
     root_dir: str = '~/Dataset'  # its folder or the one above; the default also looks at $CCC_DATA
     subset_ids: int | None = None  # only the first so many identities
     pattern: str | None = None  # `folder`: regular expression with groups pid and camid for file names
+    check_counts: bool = True  # a benchmark must have its published numbers of images and identities
 
 def data(args: list):  # words after `ccc data`
     "count images, identities and cameras, and say where they are; check a folder of your own"
@@ -221,9 +248,9 @@ def data(args: list):  # words after `ccc data`
     from ccc.training import open_dataset
     options = read_options(DataOptions, args, 'ccc data')
     if options.dataset == 'folder': return print(check_images(load_dataset('folder', options.root_dir, pattern=options.pattern)))
-    dataset = open_dataset(Config(dataset=options.dataset, root_dir=options.root_dir, subset_ids=options.subset_ids))
-    where = str(dataset.root).replace(str(Path.home()), '~', 1)
-    print(*dataset.notes, sep='\n', end='\n' if dataset.notes else '')
+    dataset = open_dataset(Config(dataset=options.dataset, root_dir=options.root_dir, subset_ids=options.subset_ids, pattern=options.pattern, check_counts=options.check_counts))
+    where = one_line(dataset.root).replace(str(Path.home()), '~', 1)
+    for note in dataset.notes: print(one_line(note))
     print(f'{dataset.name} in {where}\n{"":8}{"images":>9}{"identities":>12}{"cameras":>9}   images of each camera')
     for name in ('train', 'query', 'gallery'):
         split = getattr(dataset, name)
@@ -237,13 +264,14 @@ class ReportOptions:
     run: Path  # folder of the run
     out: Path | None = None  # the file; none: report.html in the run's folder
     network: bool = True  # also galleries, errors and CHD, from the last weights: embeds all images once
+    force: bool = False  # replace a file that ccc did not write
 
 def report(args: list):  # words after `ccc report`
     "write a run's pictures and numbers into one HTML file"
     import tyro
     options = read_options(tyro.conf.PositionalRequiredArgs[ReportOptions], args, 'ccc report')
     from ccc.report import write_report
-    print(f'written: {write_report(options.run, options.out, options.network)}')
+    print(f'written: {one_line(write_report(options.run, options.out, options.network, options.force))}')
 
 # %% ../nbs/10_cli.ipynb #4f504636
 @dataclass
@@ -261,7 +289,8 @@ def ablate(args: list):  # words after `ccc ablate`
     from ccc.studies import STUDIES, ablate, outlook, plan, results, study_base, study_configs, study_table
     start_from = AblateOptions(tyro.MISSING, study_base(_named('dataset', args, 'city')))
     o = read_options(tyro.conf.PositionalRequiredArgs[tyro.conf.OmitArgPrefixes[AblateOptions]], args, 'ccc ablate', start_from)
-    if o.seeds < 1 or (o.jobs or 1) < 1: raise ValueError(f'seeds and jobs must be at least 1, got {o.seeds} and {o.jobs}')
+    check_places(o.config)
+    if o.seeds < 1 or o.jobs is not None and o.jobs < 1: raise ValueError(f'seeds and jobs must be at least 1, got {o.seeds} and {o.jobs}')
     configs, folder = study_configs(o.study, o.config, o.seeds), Path(o.config.log_dir).expanduser() / f'ablate-{o.config.dataset}'
     if o.dry_run: return print(outlook(plan(configs, o.config, folder), folder, o.jobs))
     left_out, found = ablate(configs, o.config, folder, o.jobs), results(folder, configs)
@@ -275,13 +304,18 @@ class SuggestOptions:
     config: Config  # settings, as of `ccc train`
     run: Path | None = None  # as the network of this run sees it now, with its own settings; then also its epoch
 
-def suggest(args: list):  # words after `ccc suggest`
-    "choose eps and the number of clusters without identities"
+def suggest_options(args: list) -> SuggestOptions:  # words after `ccc suggest`
+    "Settings and wishes of `ccc suggest`."
     import tyro
     run = _named('run', args, None)
     base = settings_of(Path(run)) if run else starting_point(args)
-    o = read_options(tyro.conf.OmitArgPrefixes[SuggestOptions], args, 'ccc suggest', SuggestOptions(base))
-    if run: refuse_others(args, o.config, base)
+    options = read_options(tyro.conf.OmitArgPrefixes[SuggestOptions], args, 'ccc suggest', SuggestOptions(base))
+    if run: refuse_others(args, options.config, base)
+    return options
+
+def suggest(args: list):  # words after `ccc suggest`
+    "choose eps and the number of clusters without identities"
+    o = suggest_options(args)
     c = o.config
     if c.no_jaccard: raise ValueError('suggestions are made on the Jaccard graph, got --no-jaccard')
     from ccc.choosing import likely_clusters, suggest_eps, suggest_epoch
@@ -303,23 +337,98 @@ def usage() -> str:
     lines = [f'  ccc {name:10}{run.__doc__}' for name, run in COMMANDS.items()]
     return '\n'.join(['3C: unsupervised person re-identification.', '', *lines, '', 'ccc COMMAND --help tells the options of a command.'])
 
-# %% ../nbs/10_cli.ipynb #799e961d
-def main(args: list | None = None) -> int:  # words after `ccc`, None: those of the shell -> exit code
-    "The command `ccc`."
-    name, *rest = (sys.argv[1:] if args is None else list(args)) or ['--help']
-    if name in ('-h', '--help', 'help'): print(usage()); return 0
+# %% ../nbs/10_cli.ipynb #climain0
+_PYTHON_NAMES = dict(root='root-dir', n_clusters='num-clusters', eps='dbscan-eps', run='resume')      # of arguments; other arguments are called as their options
+
+def _options(command):
+    "The names of a command's options, as fields."
+    kinds = dict(label=LabelOptions, search=SearchOptions, export=ExportOptions, data=DataOptions, report=ReportOptions, evaluate=EvaluateOptions)
+    own = [f.name for f in fields(kinds[command])] if command in kinds else [f.name for f in fields(Config)] + 'resume seeds jobs'.split()
+    return {name: name.replace('_', '-') for name in own} | {python: option for python, option in _PYTHON_NAMES.items() if option.replace('-', '_') in own}
+
+def in_options(text: str,  # a message that names arguments of Python
+               command: str) -> str:  # the same message, naming options of this command
+    "What a user of the command line can do about an error: `lr=0` becomes `--lr 0`, and `force=True` becomes `--force`."
+    names, edge = _options(command), r"(?<![\w/.'\"-])"
+    known = '|'.join(sorted(map(re.escape, names), key=len, reverse=True))
+    text = re.sub(rf'{edge}({known})=(True|False)\b', lambda m: f'--{"no-" if m[2] == "False" else ""}{names[m[1]]}', text)
+    text = re.sub(rf'{edge}({known})=(,? ?)', lambda m: f'--{names[m[1]]}{m[2] or " "}', text)
+    text = re.sub(rf"{edge}({known})(?=[\s,;:]|$)", lambda m: f'--{names[m[1]]}' if '_' in m[1] else m[0], text)
+    return re.sub(rf'(^|; )({known})(?= (?:must|needs|is )\b)', lambda m: f'{m[1]}--{names[m[2]]}', text)
+
+# %% ../nbs/10_cli.ipynb #climain1
+_LOWER = dict(train='--batch-size, --height and --width, or --subset-ids', suggest='--subset-ids, --height and --width', ablate='--jobs, --batch-size, --height and --width', report='the pictures of the network: --no-network',
+              label='--k1, or the number of images', search='the number of images', export='--images, to a folder of few', evaluate='the number of images, or leave out --rerank', data='--subset-ids')
+
+def _out_of_memory(error):
+    "Whether an error means that memory ran out: Python, NumPy, torch and FAISS each say so in their own way."
+    return isinstance(error, MemoryError) or getattr(error, 'errno', None) == errno.ENOMEM or (isinstance(error, (RuntimeError, ValueError)) and
+           bool(re.search(r"out of memory|can't allocate memory|not enough memory|bad_alloc|cannot allocate memory|unable to allocate", str(error), re.I)))
+
+def _sizes(command, args):
+    "What a run asks for, in numbers."
+    if command not in ('train', 'suggest'): return ''
+    c = (train_options if command == 'train' else suggest_options)(args).config
+    return f'images of {c.height} x {c.width} take {3 * c.height * c.width / 1e6:,.2f} MB each, a batch has {c.batch_size}; '
+
+def explained(error: Exception, command: str, args: list) -> str:  # one line
+    "An error as the user of a command reads it: what went wrong, and the option that helps."
+    first = re.sub(r'\s*\n\s*', ' ', str(error)).strip()
+    if isinstance(error, OSError) and error.strerror: first = f'{error.filename}: {error.strerror}' if error.filename is not None else str(error.strerror)
+    if _out_of_memory(error): text = f'out of memory ({first[:160] or "no more to be had"}): {_sizes(command, args)}lower {_LOWER.get(command, "the sizes")}'
+    elif isinstance(error, (ValueError, OSError, ImportError)): text = in_options(first, command)
+    else: text = f'this was not foreseen: {type(error).__name__}: {first[:300]} (with CCC_DEBUG=1 it shows where)'
+    return one_line(text)
+
+# %% ../nbs/10_cli.ipynb #climain2
+def _printable(stream):
+    "A stream that takes every file name: names that are no UTF-8 leave as the bytes they are, and what an encoding lacks is shown as an escape."
+    if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='surrogateescape' if (stream.encoding or '').lower().replace('-', '') == 'utf8' else 'backslashreplace')
+
+def _close_quietly():
+    "After whoever read our output has gone: what is left to say goes nowhere, at the end of the program too."
+    with contextlib.suppress(OSError, ValueError, AttributeError): os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+class _Unheard(io.TextIOBase):
+    "Standard output for a command that goes on when nobody reads it any more: a training run is not ended by `| head`."
+    def __init__(self, stream): self.stream = stream
+    def write(self, text):
+        with contextlib.suppress(BrokenPipeError): self.stream.write(text)
+        return len(text)
+    def flush(self):
+        try: self.stream.flush()
+        except BrokenPipeError: _close_quietly()
+    def isatty(self): return self.stream.isatty()
+    def fileno(self): return self.stream.fileno()
+    @property
+    def encoding(self): return self.stream.encoding
+
+# %% ../nbs/10_cli.ipynb #climain3
+def run_command(name: str, args: list):
+    "One command with its words; ValueError for a name that is none."
+    if name in ('-h', '--help', 'help'): return print(usage())
     if name == '--version':
         from ccc import __version__
-        print(__version__)
-        return 0
+        return print(__version__)
+    if name not in COMMANDS: raise ValueError(f'the command must be one of {", ".join(COMMANDS)}, got {name!r}')
+    if name not in ('train', 'ablate'): return COMMANDS[name](args)
+    with contextlib.redirect_stdout(_Unheard(sys.stdout)): COMMANDS[name](args)
+
+def main(args: list | None = None) -> int:  # words after `ccc`, None: those of the shell -> exit code
+    "The command `ccc`: any failure is one line, and 2 is returned; with CCC_DEBUG=1 the error is raised."
+    name, *rest = (sys.argv[1:] if args is None else list(args)) or ['--help']
+    for stream in (sys.stdout, sys.stderr): _printable(stream)
     try:
-        if name not in COMMANDS: raise ValueError(f'the command must be one of {", ".join(COMMANDS)}, got {name!r}')
-        COMMANDS[name](rest)
+        try: run_command(name, rest)
+        finally: sys.stdout.flush()
+        return 0
+    except BrokenPipeError:                              # `| head` has seen enough
+        _close_quietly()
         return 0
     except KeyboardInterrupt as stop:                    # Ctrl-C; a run in training has saved what it had, and says so
         print(f'ccc {name}: {stop or "stopped"}', file=sys.stderr)
         return 128 + getattr(stop, 'signal', 2)
-    except (ValueError, OSError, ImportError) as error:
+    except Exception as error:
         if os.environ.get('CCC_DEBUG'): raise
-        print(f'ccc{f" {name}" if name in COMMANDS else ""}: {error}', file=sys.stderr)
+        print(f'ccc{f" {name}" if name in COMMANDS else ""}: {explained(error, name, rest)}', file=sys.stderr)
         return 2

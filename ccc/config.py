@@ -4,12 +4,16 @@
 
 # %% auto #0
 __all__ = ['NUMERICS', 'PUBLISHED_BATCH', 'CITY_BATCH', 'NOT_DECIDING', 'AFTER_WARMUP', 'DataSettings', 'NetworkSettings',
-           'LabelSettings', 'LearningSettings', 'KeepingSettings', 'Config', 'check_types', 'check_rules', 'changes',
-           'learning_rate', 'evaluation_due', 'departures', 'deciding', 'changed_settings', 'check_same',
-           'warmup_settings']
+           'LabelSettings', 'LearningSettings', 'KeepingSettings', 'Config', 'check_types', 'check_rules',
+           'check_pattern', 'check_places', 'changes', 'learning_rate', 'evaluation_due', 'departures', 'deciding',
+           'changed_settings', 'check_same', 'warmup_settings']
 
 # %% ../nbs/08a_config.ipynb #526916c5
+import math
+import os
+import re
 from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Literal, get_args, get_type_hints
 
 # %% ../nbs/08a_config.ipynb #7c2e6d5e
@@ -18,6 +22,7 @@ class DataSettings:
     "Which images, and how they are held."
     dataset: Literal['market1501', 'msmt17', 'veri', 'city', 'folder'] = 'market1501'  # which images; `city` is rendered here
     root_dir: str = '~/Dataset'  # where they are; for `folder` also a .csv or .parquet table; the default also looks at $CCC_DATA
+    check_counts: bool = True  # a benchmark must have its published numbers of images and identities
     pattern: str | None = None  # `folder`: regular expression with groups pid and camid for file names; none: Market-1501's names, if all are of that kind
     subset_ids: int | None = None  # keep the first so many training identities, and as many test identities, without distractors
     height: int = 256  # pixels, after resizing
@@ -128,17 +133,34 @@ def check_types(config: Config):
             types = args or (hint,)
             wanted = ' or '.join('none' if t is type(None) else t.__name__ for t in types)
             fits = isinstance(value, (*types, int) if float in types else types) and (bool in types or not isinstance(value, bool))
-        if not fits: raise ValueError(f'{name} must be {wanted}, got {value!r}')
+        if not fits: raise ValueError(f'{name} must be {wanted}, got {_shown(value)}')
+        if isinstance(value, float) and not math.isfinite(value): raise ValueError(f'{name} must be a finite number, got {name}={value!r}')
+        if isinstance(value, str) and '\0' in value: raise ValueError(f'{name} must be text without a zero byte, got {_shown(value)}')
+
+def _shown(value, most=80):
+    "A value as a message shows it: cut where it is long; a number of thousands of digits cannot be written at all."
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10 ** 30: return 'a number of more than 30 digits'
+    text = repr(value)
+    return text if len(text) <= most else text[:most] + '…'
 
 # %% ../nbs/08a_config.ipynb #20fb4bd2
 _positive = ('height width num_workers bn_chunks num_clusters cluster_min_instances jaccard_k1 jaccard_k2 hdc_max_iter cm_temperature batch_size '
              'num_instances iters num_epochs lr lr_steps eval_step_epoch').split()
 _not_negative = 'pad lr_weight_decay lr_gamma warmup_iters warmup_factor warmup_lr_factor eval_start_epoch seed'.split()
+_ranges = dict(                       # beyond these no run can be meant: a slip of the hand, or the wrong option
+    height=(1, 10_000), width=(1, 10_000), pad=(0, 10_000), num_workers=(1, 1024), subset_ids=(1, 1_000_000), batch_size=(1, 1_000_000), num_instances=(1, 1_000_000), bn_chunks=(1, 1_000_000),
+    num_clusters=(1, 10_000_000), cluster_min_instances=(1, 1_000_000), jaccard_k1=(1, 1000), jaccard_k2=(1, 1000), hdc_max_iter=(1, 1_000_000), dbscan_eps=(1e-6, 1.), threshold=(0., 1.),
+    cm_temperature=(1e-4, 100.), iters=(1, 10_000_000), num_epochs=(1, 1_000_000), lr=(1e-12, 10.), lr_weight_decay=(0., 10.), lr_steps=(1, 1_000_000), lr_gamma=(0., 10.),
+    warmup_iters=(0, 1_000_000), warmup_factor=(0., 10.), warmup_lr_factor=(0., 100.), eval_start_epoch=(0, 1_000_000), eval_step_epoch=(1, 1_000_000), seed=(0, 2**32 - 1))
+_named_places = 'root_dir log_dir ckpt_dir image_cache warmup_store resnet_pretrained'.split()
 _archs = 'small resnet18 resnet50 resnet101 resnet_ibn50a resnet_ibn101a'.split()
 _rules = [
     ('batch_size must be a multiple of num_instances', ('batch_size', 'num_instances'), lambda b, n: b % n == 0),
     ('batch_size must be a multiple of bn_chunks', ('batch_size', 'bn_chunks'), lambda b, c: b % c == 0),
-    (f'arch must be one of {", ".join(_archs)} or timm:<name>', ('arch',), lambda a: a in _archs or a.startswith('timm:')),
+    (f'arch must be one of {", ".join(_archs)} or timm:<name>', ('arch',), lambda a: a in _archs or a.startswith('timm:') and len(a) > 5),
+    ('device must be cpu, cuda, cuda:<number> or mps', ('device',), lambda d: d is None or bool(re.fullmatch(r'cpu|mps|cuda(:[0-9]{1,3})?', d))),
+    ('recipe must be a name of letters, digits, - and _', ('recipe',), lambda r: bool(re.fullmatch(r'[\w-]*', r))),
+    ('pattern needs dataset folder: the names of the others are known', ('pattern', 'dataset'), lambda p, d: p is None or d == 'folder'),
     ('pooling_type token needs a transformer, arch timm:<name>', ('pooling_type', 'arch'), lambda p, a: p != 'token' or a.startswith('timm:')),
     ('dbscan_eps must lie above 0 and not above 1, the largest Jaccard distance', ('dbscan_eps',), lambda e: 0 < e <= 1),
     ('cm_momentum must lie between 0 and 1', ('cm_momentum',), lambda m: 0 <= m <= 1),
@@ -153,11 +175,31 @@ _rules = [
 # %% ../nbs/08a_config.ipynb #875bb4e8
 def check_rules(config: Config):
     "Raises ValueError at the first rule between settings that does not hold."
+    if config.pattern is not None: check_pattern(config.pattern)
     rules = [*((f'{n} must be above 0', (n,), lambda v: v > 0) for n in _positive),
-             *((f'{n} must not be negative', (n,), lambda v: v >= 0) for n in _not_negative), *_rules]
+             *((f'{n} must not be negative', (n,), lambda v: v >= 0) for n in _not_negative),
+             *((f'{n} must not be empty', (n,), lambda v: v.strip()) for n in _named_places), *_rules,
+             *((f'{n} must lie between {low:,} and {high:,}', (n,), lambda v, low=low, high=high: v is None or low <= v <= high) for n, (low, high) in _ranges.items())]
     for rule, names, holds in rules:
         values = [getattr(config, n) for n in names]
-        if not holds(*values): raise ValueError(f'{rule}, got ' + ', '.join(f'{n}={v!r}' for n, v in zip(names, values)))
+        if not holds(*values): raise ValueError(f'{rule}, got ' + ', '.join(f'{n}={_shown(v)}' for n, v in zip(names, values)))
+
+def check_pattern(pattern: str):
+    "ValueError for what is no regular expression, or says neither pid nor camid."
+    try: groups = re.compile(pattern).groupindex
+    except (re.error, RecursionError, OverflowError) as e: raise ValueError(f'pattern must be a regular expression, got {_shown(pattern)}: {e}') from None
+    if pattern and not {'pid', 'camid'} & set(groups): raise ValueError(f'pattern must have a group (?P<pid>…) or (?P<camid>…), got {_shown(pattern)}')
+
+def check_places(config: Config):
+    "OSError, naming the setting, where a run would write and something else is in the way: a file, or a folder that cannot be written."
+    usual = dict(log_dir='', ckpt_dir='ckpt', image_cache='auto', warmup_store='none')
+    for name, special in usual.items():
+        value = getattr(config, name)
+        if value == special or name == 'image_cache' and value == 'none': continue
+        place = Path(value).expanduser().absolute()
+        nearest = next(p for p in (place, *place.parents) if os.path.lexists(p))
+        if not nearest.is_dir(): raise NotADirectoryError(f'{name} must be a folder, or one that can be made; got {name}={value}, where {nearest} is no folder')
+        if not os.access(nearest, os.W_OK | os.X_OK): raise PermissionError(f'{name} must be a folder that can be written, got {name}={value}, where {nearest} cannot')
 
 # %% ../nbs/08a_config.ipynb #caa79f30
 def changes(config: Config,  # settings
@@ -198,7 +240,7 @@ def departures(config: Config) -> list:  # sentences, none if batch, chunks and 
     return [f'{name} is {getattr(config, name)}, the recipe has {value}' for name, value in usual.items() if getattr(config, name) != value]
 
 # %% ../nbs/08a_config.ipynb #cc9c121b
-NOT_DECIDING = ('root_dir num_workers image_store image_cache num_epochs eval_start_epoch eval_step_epoch eval_dist rerank eval_and_ckpt maps '
+NOT_DECIDING = ('root_dir check_counts num_workers image_store image_cache num_epochs eval_start_epoch eval_step_epoch eval_dist rerank eval_and_ckpt maps '
                 'ckpt_dir log_dir track warmup_store device notes recipe hdc_camera_version').split()
 
 def deciding(config: Config,  # settings

@@ -17,6 +17,7 @@ import html
 import io
 import json
 import os
+import zipfile
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -27,10 +28,12 @@ from torch import nn
 
 from .config import Config, changes
 from .data import _MEAN, _STD, Split, _open, load_dataset, load_images, normalize
+from .engine import check_device
 from .folder import blur_head, check_images, image_files, keep_readable, to_rgb
 from .labels import PseudoLabels, make_labels
 from .runs import RunFolder
 from .training import checkpoints, make_network, read_checkpoint, read_metrics, write_file
+from .writing import check_free, one_line, plain, seal, seal_page, table_path
 
 # %% ../nbs/08b_model.ipynb #e82c39f7
 def arrays_of(images):  # anything; tensors are uint8, (3, H, W) or a batch (N, 3, H, W)
@@ -171,6 +174,8 @@ def describe(net: nn.Module,  # as of `ccc.training.make_network`
 # %% ../nbs/08b_model.ipynb #12123c36
 def _of_checkpoint(path, device, run=None):
     state = read_checkpoint(path)
+    if not isinstance(state, dict) or not {'settings', 'network', 'epoch'} <= state.keys():
+        raise ValueError(f'{path} must be a checkpoint of ccc, got a file without settings and network; weights of other programs start a training: resnet_pretrained={path.name}')
     config = Config(**state['settings'])
     net = make_network(Config(**state['settings'] | dict(resnet_pretrained='none')))
     net.load_state_dict(state['network'])
@@ -190,14 +195,19 @@ def _of_run(path, device, checkpoint):
 def load(path: str | Path,  # folder of a run, a checkpoint (.pt), or an exported .safetensors, .onnx or .pt2
          checkpoint: str = 'last',  # of a run: last, or best (the epoch of highest mAP, which was chosen on the test set)
          device=None,  # cpu, cuda; None: a GPU where there is one
+         trust: bool = False,  # of .pt2: run the program inside the file, which can do anything; else only its weights are read
         ) -> Model:
-    "The model of a run or a file; ValueError if it is neither, FileNotFoundError if it is not there."
+    "The model of a run or a file, read as data; ValueError if it is neither, FileNotFoundError if it is not there."
     path = Path(path).expanduser()
+    check_device(device)
     if checkpoint not in ('last', 'best'): raise ValueError(f'checkpoint must be last or best, got {checkpoint!r}')
     if (path / 'config.json').is_file(): return _of_run(path, device, checkpoint)
     if not path.exists(): raise FileNotFoundError(f'no run or model file at {path}')
-    if path.suffix not in READERS: raise ValueError(f'a model is the folder of a run, or a file {", ".join(READERS)}; got {path}')
-    return READERS[path.suffix](path, device)
+    if path.suffix not in READERS or path.is_dir(): raise ValueError(f'a model is the folder of a run with its config.json, or a file {", ".join(READERS)}; got {"the folder " if path.is_dir() else ""}{path}')
+    read = _run_pt2 if trust and path.suffix == '.pt2' else READERS[path.suffix]
+    try: return read(path, device)
+    except (ValueError, OSError, ImportError, MemoryError): raise
+    except Exception as e: raise ValueError(f'{path} cannot be read as a model, got {type(e).__name__}: {one_line(e)[:200]}') from e
 
 READERS = {'.pt': _of_checkpoint}
 
@@ -215,6 +225,19 @@ class Hits:
         for q, names, sims in zip(self.queries, self.names, self.similarity):
             for rank, (name, s) in enumerate(zip(names, sims), 1): yield q, rank, name, float(s)
 
+# %% ../nbs/08b_model.ipynb #readvec0
+_FLAT = np.dtype([('kind', 'S4'), ('dim', '<i4'), ('n', '<i8'), ('unused', '<i8', 2), ('trained', 'u1'), ('metric', '<i4'), ('numbers', '<u8')])
+
+def _read_vectors(path):
+    "The vectors (N, D) of FAISS's exact index. FAISS itself believes what a file says of its sizes; here they are compared with the file first."
+    data = np.fromfile(path, np.uint8)
+    head = data[:_FLAT.itemsize].view(_FLAT)[0] if len(data) >= _FLAT.itemsize else None
+    if head is None or head['kind'] != b'IxFI' or head['dim'] < 1 or int(head['n']) * int(head['dim']) != head['numbers'] or len(data) - _FLAT.itemsize != 4 * int(head['numbers']):
+        raise ValueError(f'an index must be one that `Index.save` or `ccc search --save` wrote, got another file, or a part of one, in {path}')
+    x = data[_FLAT.itemsize:].view(np.float32).reshape(int(head['n']), int(head['dim']))
+    if not np.isfinite(x).all(): raise ValueError(f'the vectors of an index must be finite numbers, got others in {path}')
+    return x
+
 # %% ../nbs/08b_model.ipynb #8092be04
 class Index:
     "Embeddings of named images, searched exactly by cosine; `save` and `load` keep it as NAME.faiss and NAME.json."
@@ -229,22 +252,33 @@ class Index:
 
     def search(self, x, k: int) -> tuple:  # (Q, D) -> similarity (Q, k), positions (Q, k); k is cut to N
         "The k most similar of each query."
+        if k < 1: raise ValueError(f'k must be at least 1, got k={k}')
+        if np.shape(x)[1] != self.index.d: raise ValueError(f'queries must be as long as the vectors of the index, {self.index.d} numbers, got {np.shape(x)[1]}')
         return self.index.search(np.ascontiguousarray(x, np.float32), min(k, len(self)))
 
-    def save(self, path: str | Path):  # ending in .faiss
+    def save(self, path: str | Path, force: bool = False):  # ending in .faiss; replace files that are not ours
         "Writes vectors, and beside them names as JSON."
         import faiss
-        write_file(Path(path), lambda f: f.write(faiss.serialize_index(self.index).tobytes()))
-        write_file(Path(path).with_suffix('.json'), lambda f: f.write(json.dumps(dict(weights=self.weights, names=self.names)).encode()))
+        path, names = Path(path), Path(path).with_suffix('.json')
+        if path.suffix != '.faiss': raise ValueError(f'an index is saved as a file that ends in .faiss, got {path}')
+        check_free(path, names, force=force)
+        write_file(path, lambda f: f.write(faiss.serialize_index(self.index).tobytes()))
+        body = json.dumps(dict(weights=self.weights, names=self.names)).removesuffix('}').encode() + b', "seal": "'
+        write_file(names, lambda f: f.write(body + seal(body, path) + b'"}'))
 
     @classmethod
     def load(cls, path: str | Path) -> 'Index':
-        "An index that was saved."
-        import faiss
-        index, told = cls.__new__(cls), json.loads(Path(path).with_suffix('.json').read_text())
-        index.names, index.weights = told['names'], told['weights']
-        index.index = faiss.deserialize_index(np.fromfile(path, np.uint8))
-        return index
+        "An index that was saved; ValueError for any other file."
+        path, names = Path(path), Path(path).with_suffix('.json')
+        if not path.is_file(): raise ValueError(f'an index is a file that ends in .faiss, got none at {path}')
+        if not names.is_file(): raise ValueError(f'an index {path.name} needs the names of its images in {names.name} beside it, got no such file')
+        x = _read_vectors(path)
+        try: known = json.loads(names.read_text(encoding='utf-8'))
+        except (ValueError, RecursionError) as e: raise ValueError(f'{names} must hold the names of the images of {path.name}, got {type(e).__name__}: {e}') from e
+        listed = known.get('names') if isinstance(known, dict) else None
+        if not isinstance(listed, list) or len(listed) != len(x) or not all(isinstance(n, str) for n in listed) or not isinstance(known.get('weights'), str):
+            raise ValueError(f'{names} must hold weights and the names of the {len(x)} images of {path.name}, got {len(listed) if isinstance(listed, list) else "no"} names')
+        return cls(x, listed, known['weights'])
 
 # %% ../nbs/08b_model.ipynb #8c2208e0
 def index(model: Model,
@@ -279,9 +313,11 @@ def label(model: Model, images,  # as of `Crops`
 Model.label = label
 
 def write_labels(path: str | Path,  # of the table
-                 names: list, labels: PseudoLabels):  # as of `Model.label`
-    "A CSV of path, cluster (-1: none) and confidence."
-    rows = [('path', 'cluster', 'confidence'), *((n, int(l), f'{c:.4f}') for n, l, c in zip(names, labels.labels, labels.confidence))]
+                 names: list, labels: PseudoLabels,  # as of `Model.label`
+                 force: bool = False):  # replace a file that is not ours
+    "A CSV of path, cluster (-1: none) and confidence; a path that a spreadsheet would compute begins with ./ (`ccc.writing.table_path`)."
+    check_free(path, force=force)
+    rows = [('path', 'cluster', 'confidence'), *((table_path(n), int(l), f'{c:.4f}') for n, l, c in zip(names, labels.labels, labels.confidence))]
     text = io.StringIO()
     csv.writer(text, lineterminator='\n').writerows(rows)
     write_file(Path(path), lambda f: f.write(text.getvalue().encode(errors='surrogateescape')))
@@ -303,7 +339,7 @@ def _thumbnail(image, height, blur):
 
 def _page_row(crops, at, title, confidence, height, blur):
     "One cluster."
-    said = [html.escape(crops.names[i].encode(errors='replace').decode()) for i in at]
+    said = [html.escape(one_line(crops.names[i]).encode(errors='replace').decode()) for i in at]
     cells = ''.join(f'<figure><img src="{_thumbnail(crops.image(i), height, blur)}" alt="{name}" title="{name}"><figcaption>{confidence[i]:.2f}</figcaption></figure>' for i, name in zip(at, said))
     return f'<section><h2>{title}</h2>{cells}</section>'
 
@@ -315,8 +351,11 @@ def write_page(path: str | Path,  # ending in .html
                most: int = 12,  # pictures of a cluster; the numbers count all
                clusters: int = 500,  # on the page, the surest
                height: int = 96,  # of a picture, pixels
-               blur: bool = False):  # hide heads, as `ccc.folder.blur_head`
+               blur: bool = False,  # hide heads, as `ccc.folder.blur_head`
+               table: str | Path | None = None,  # of `write_labels`, where it was written for this page: both are known as ours by the page's seal
+               force: bool = False):  # replace a file that is not ours
     "A page to look through the clusters of a folder."
+    check_free(path, force=force)
     crops, c = Crops(images), np.asarray(labels.confidence)
     groups = [np.flatnonzero(labels.labels == j) for j in range(labels.n_clusters)]
     order = sorted((j for j, at in enumerate(groups) if len(at)), key=lambda j: -c[groups[j]].mean())
@@ -326,7 +365,8 @@ def write_page(path: str | Path,  # ending in .html
     body = ''.join(_page_row(crops, at[np.argsort(-c[at], kind='stable')][:most], title, c, height, blur) for title, at in rows)
     head = f'{len(crops):,} images, {len(order):,} clusters' + (f', of which the surest {clusters:,} are shown' if len(order) > clusters else '')
     page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{head}</title><style>{_STYLE}</style><h1>{head}</h1><p>The surest first, in a cluster and of clusters. Below each picture its confidence.</p>{body}</html>'
-    write_file(Path(path), lambda f: f.write(page.encode()))
+    page = seal_page(page, *([] if table is None else [table]))
+    write_file(Path(path), lambda f: f.write(page))
 
 # %% ../nbs/08b_model.ipynb #c14f0746
 def pair_similarities(x,  # (N, D) unit norm
@@ -447,7 +487,7 @@ def _write_onnx(model, path):
     try: program = torch.onnx.export(_program(model), dynamo=True, input_names=['images'], output_names=['embeddings'], verbose=False)
     except torch.onnx.errors.OnnxExporterError as e:
         raise ValueError(f"{model.info['arch']} cannot be written as ONNX by torch {torch.__version__} ({type(e).__name__}); .pt2 and .safetensors are other forms") from e
-    program.save(str(path))
+    program.save(str(path), external_data=False)             # one file to take away
     proto = onnx.load(path)
     onnx.helper.set_model_props(proto, dict(ccc=json.dumps(model.info)))
     onnx.save(proto, path)
@@ -470,24 +510,60 @@ def _of_onnx(path, device):
     ready = (lambda images: images) if 'uint8' in session.get_inputs()[0].type else lambda images: normalize(torch.from_numpy(images)).numpy()
     return Model(lambda images: session.run(None, {'images': ready(images)})[0], _info(path, told.get('ccc')))
 
-def _of_pt2(path, device):
+def _run_pt2(path, device):
+    "The program inside the file itself. Loading one can run anything: it is for files of our own making."
     told = {'ccc.json': ''}
     program = torch.export.load(path, extra_files=told)
     return Model(run_torch(program.module(), device or 'cpu'), _info(path, told['ccc.json']))
+
+def _raw_tensor(data, meta, like):
+    "A tensor from its bytes, in the shape and number format of `like`; ValueError where the file says otherwise."
+    sizes, strides = (tuple(s['as_int'] for s in meta[k]) for k in ('sizes', 'strides'))
+    if meta['storage_offset']['as_int']: raise ValueError('weights must begin where their bytes do')
+    places = 1 + sum((n - 1) * s for n, s in zip(sizes, strides))
+    if sizes != tuple(like.shape) or min(strides, default=0) < 0 or places * like.element_size() > len(data): raise ValueError(f'weights must have the shape {tuple(like.shape)}, got {sizes}')
+    return torch.frombuffer(bytearray(data), dtype=like.dtype).as_strided(sizes, strides)
+
+def _of_pt2(path, device):
+    "Its description and its weights, in the network that the description names: the program in the file is not run."
+    with zipfile.ZipFile(path) as archive:
+        parts = {n.split('/', 1)[-1]: n for n in archive.namelist()}
+        read = lambda name: archive.read(parts[name]) if name in parts else b''
+        info = _info(path, read('extra/ccc.json').decode())
+        net = make_network(_settings(info))
+        listed = json.loads(read('data/weights/model_weights_config.json') or b'{}').get('config', {})
+        own = {f'net.{name}': tensor for name, tensor in net.state_dict().items()}
+        if not set(own) <= set(listed) or any(listed[n]['use_pickle'] for n in own):
+            raise ValueError(f'{path} must hold the weights of {info["arch"]} as plain numbers, got others; in Python, load(path, trust=True) runs the program in a file of your own')
+        state = {n: _raw_tensor(read(f'data/weights/{listed[n]["path_name"]}'), listed[n]['tensor_meta'], t) for n, t in own.items()}
+    net.load_state_dict({n.removeprefix('net.'): t for n, t in state.items()})
+    return Model(run_torch(Bytes(net).eval(), device or 'cpu'), info)
 
 def _of_safetensors(path, device):
     from safetensors import safe_open
     with safe_open(path, 'pt') as file: told, tensors = file.metadata() or {}, {n: file.get_tensor(n) for n in file.keys()}
     bare = 'ccc' not in told and 'arch' in told           # as the trainer leaves one beside each checkpoint
-    config = Config(**{k: told[k] for k in ('arch', 'pooling_type', 'dataset')} | {k: int(told[k]) for k in ('height', 'width')}, root_dir='') if bare else Config(**_info(path, told.get('ccc'))['settings'])
-    net = make_network(replace(config, resnet_pretrained='none'))
+    own = {k: told[k] for k in ('arch', 'pooling_type', 'dataset')} | {k: int(told[k]) for k in ('height', 'width')} if bare else _info(path, told.get('ccc'))
+    config = _settings(dict(settings=own) if bare else own)
+    net = make_network(config)
     net.load_state_dict(tensors, strict=not bare)         # which holds no counters of batches
     return _of_network(net, describe(net, config, path.name, int(told['epoch'])) if bare else _info(path, told['ccc']), device)
 
 def _info(path, text):
     "The description inside a file."
     if not text: raise ValueError(f'a model file must hold its description, as `model.export` writes it; got none in {path}')
-    return json.loads(text)
+    try: info = json.loads(text)
+    except (ValueError, RecursionError) as e: raise ValueError(f'a model file must hold its description, got {type(e).__name__}: {e} in {path}') from e
+    missing = [n for n, kind in _DESCRIBED.items() if not isinstance(info, dict) or type(info.get(n)) is not kind]
+    if missing: raise ValueError(f'a model file must hold its description, got one without {", ".join(missing)} in {path}')
+    return info
+
+_DESCRIBED = dict(arch=str, height=int, width=int, dim=int, weights=str, origin=str, settings=dict)
+
+def _settings(info):
+    "The settings in a description, for a network whose weights come from the file."
+    place = dict(root_dir='.') if info['settings'].get('dataset') == 'folder' else {}      # it is left out of descriptions
+    return Config(**info['settings'] | place | dict(resnet_pretrained='none'))
 
 READERS |= {'.safetensors': _of_safetensors, '.onnx': _of_onnx, '.pt2': _of_pt2}
 
@@ -496,19 +572,24 @@ def export(model: Model,
            path: str | Path,  # ending in .safetensors, .onnx or .pt2
            images,  # real ones, as of `Crops`: the first 16 are compared
            licence: str = 'not stated',  # of the weights, for the card
+           force: bool = False,  # replace files that are not ours
           ) -> float:  # the lowest cosine seen
     "Writes the model and its card after reading it back and comparing embeddings; ValueError, and no file, if a cosine is 0.9999 or less."
     path = Path(path)
     if model.module is None: raise ValueError('export needs the network itself: load the run, a checkpoint or .safetensors, got a model that was exported already')
     if path.suffix not in WRITERS: raise ValueError(f'path must end in {", ".join(WRITERS)}, got {path.name}')
     path.parent.mkdir(parents=True, exist_ok=True)
+    about = path.with_suffix('.md')
+    check_free(path, about, force=force)
     part = path.with_name(f'.part-{path.name}')
     try:
         WRITERS[path.suffix](model, part)
-        lowest = parity(model, load(part, device='cpu'), images)
+        lowest = parity(model, load(part, device='cpu', trust=True), images)      # the file of a moment ago
+        load(part, device='cpu')                                               # and as everybody else reads it
         os.replace(part, path)
     finally: part.unlink(missing_ok=True)
-    path.with_suffix('.md').write_text(card(model, path.name, licence, lowest), encoding='utf-8')
+    text = seal_page(card(model, path.name, licence, lowest), path)
+    write_file(about, lambda f: f.write(text))
     return lowest
 
 # %% ../nbs/08b_model.ipynb #045d0b4c
@@ -543,7 +624,7 @@ _LIMITS = '''It was trained without identity labels to put pictures of one perso
 Do not use it to identify or follow people without their consent or another legal ground; see the page on responsible use of `ccc`.
 It leans on clothing, colour, pose and on what is particular to the cameras of its training data. Expect it to fail after a change of clothes, under other light, from other angles, and to be less reliable for groups of people who were few in those data; none of this has been measured unless it is said above.'''
 
-def _lines(pairs): return '\n'.join(f'- {k}: {v}' for k, v in pairs.items() if v not in (None, {}, ''))
+def _lines(pairs): return '\n'.join(f'- {plain(k)}: {plain(v)}' for k, v in pairs.items() if v not in (None, {}, ''))
 
 def card(model: Model, name: str = '',  # of the file
          licence: str = 'not stated',  # of the weights
@@ -556,10 +637,10 @@ def card(model: Model, name: str = '',  # of the file
     data = {'data set': i['settings']['dataset'], 'fingerprint': i['data'].get('fingerprint'), 'images': ', '.join(f'{k} {v:,}' for k, v in i['data'].items() if k != 'fingerprint'), 'origin of the first weights': i['settings']['resnet_pretrained']}
     labels = {k: round(v, 3) if isinstance(v, float) else v for k, v in i['metrics'].items() if k in ('n_clusters', 'n_outliers', 'churn', 'silhouette', 'confidence', 'nmi', 'camera_nmi')}
     scores = percent(i['scores']) or {'score': 'not evaluated: nothing is known of how well it finds people'}
-    config = Config(**i['settings'])
-    parts = {'Use': _lines(usage), 'Data': _lines(data), f"Scores after {i['epochs']} epochs": _lines(scores), 'Labels of the last epoch': _lines(labels), 'Error rates of pairs': str(model.calibration or 'not calibrated'),
-             'Limits': _LIMITS, 'Licence': f"Weights: {licence}. They derive from the training images and from the first weights; their terms apply. Code: Apache-2.0.",
+    config = replace(_settings(i), resnet_pretrained=str(i['settings'].get('resnet_pretrained', 'V1')))
+    parts = {'Use': _lines(usage), 'Data': _lines(data), f"Scores after {i['epochs']} epochs": _lines(scores), 'Labels of the last epoch': _lines(labels), 'Error rates of pairs': '\n'.join(map(plain, str(model.calibration or 'not calibrated').splitlines())),
+             'Limits': _LIMITS, 'Licence': f"Weights: {plain(licence)}. They derive from the training images and from the first weights; their terms apply. Code: Apache-2.0.",
              'Settings that differ from the published defaults': _lines(changes(config)), 'Made with': _lines(i['versions'] | {'commit': i['commit']})}
-    return f"# {name or i['origin']}\n\n3C person or vehicle re-identification model, from the run {i['origin']}.\n" + ''.join(f'\n## {k}\n\n{v}\n' for k, v in parts.items() if v)
+    return f"# {plain(name or i['origin'])}\n\n3C person or vehicle re-identification model, from the run {plain(i['origin'])}.\n" + ''.join(f'\n## {k}\n\n{v}\n' for k, v in parts.items() if v)
 
 Model.export, Model.card = export, card

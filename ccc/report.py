@@ -7,29 +7,34 @@ __all__ = ['open_run', 'settings_table', 'epochs_table', 'look_inside', 'look_at
 
 # %% ../nbs/09a_report.ipynb #6b47c3bf
 import json
+import os
+import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 
+from .data import write_file
 from .evolution import History, read_history
 from .viz import _figure, show_clusters
+from .writing import check_free, one_line, plain, seal_page
 
 # %% ../nbs/09a_report.ipynb #92a4c6ff
 def open_run(run,              # folder of a run
              network: bool = True,  # also its last checkpoint, where there is one
             ) -> tuple:        # config.json as a dict; `History`; data set or None; trainer or None; lines on what is missing
     "A run folder as the report sees it. FileNotFoundError for a folder without config.json or labels."
-    from ccc.config import Config
+    from ccc.runs import RunFolder
     from ccc.training import Trainer, open_dataset
     run = Path(run)
     if not (run/'config.json').is_file(): raise FileNotFoundError(f'RUN must be the folder of a run with its config.json, got {run}')
-    told, dataset, trainer, missing = json.loads((run/'config.json').read_text()), None, None, []
+    told, dataset, trainer, missing = RunFolder(run).metadata, None, None, []
     try:
-        dataset = open_dataset(Config(**told['config']))
-        if dataset.fingerprint() != told['data']['fingerprint']: dataset = missing.append('the images have changed since: not shown')
+        dataset = open_dataset(RunFolder(run).config)
+        if dataset.fingerprint() != told['data'].get('fingerprint'): dataset = missing.append('the images have changed since: not shown')
     except (OSError, ValueError) as e: missing.append(f'the images are not at hand ({e}): no crops, no identities')
     history = read_history(run, None if dataset is None else dataset.train)
-    if network and dataset is not None and any((run/'checkpoints').glob('*.pt')): trainer = Trainer.resume(run, dataset)
+    if network and dataset is not None and any(RunFolder(run).checkpoint_dir.glob('*.pt')): trainer = Trainer.resume(run, dataset)
     elif network: missing.append('no checkpoint in the run: no galleries, errors or similarity maps')
     for known, what in ((history.pids, 'identities: no NMI, purity or right and wrong'), (history.camids, 'cameras: no camera entropy or matrix'), (history.maps, 'maps (the run was trained with maps=False)')):
         if known is None: missing.append(f'no {what}')
@@ -40,12 +45,12 @@ def settings_table(told: dict) -> str:  # config.json -> Markdown
     "The settings that differ from the published defaults, the data, and the versions."
     from ccc.config import Config, changes
     changed = changes(Config(**told['config']))
-    lines = [f'| {k} | {v} |' for k, v in changed.items()] or ['| none | |']
-    data, versions = told['data'], told['versions']
+    lines = [f'| {k} | {plain(v)} |' for k, v in changed.items()] or ['| none | |']
+    data, versions = told['data'], told.get('versions') or {}
     sizes = ', '.join(f'{data[k]:,} {k}' for k in ('train', 'query', 'gallery') if k in data)
     return '\n'.join(['| setting that differs from the published defaults | value |', '|---|---|', *lines, '',
-                      f'Data: {told["config"]["dataset"]}, {sizes}, fingerprint {data["fingerprint"]}. Seed {told["seed"]}. Commit {told["commit"] or "unknown"}. '
-                      f'Device {told["device"]}, {told["processes"]} process(es). ' + ', '.join(f'{k} {v}' for k, v in versions.items()) + '.'])
+                      plain(f'Data: {told["config"]["dataset"]}, {sizes}, fingerprint {data.get("fingerprint")}. Seed {told.get("seed")}. Commit {told.get("commit") or "unknown"}. '
+                            f'Device {told.get("device")}, {told.get("processes")} process(es). ' + ', '.join(f'{k} {v}' for k, v in versions.items()) + '.')])
 
 def epochs_table(rows: list) -> str:  # lines of metrics.jsonl -> Markdown
     "The numbers of all epochs; columns that no epoch has are left out."
@@ -116,11 +121,11 @@ def look_at_clusters(history: History) -> dict:  # name -> matplotlib figure; em
 
 # %% ../nbs/09a_report.ipynb #77015b9e
 def _notebook(run, network):
-    "The template with the run's folder put in front."
+    "The template with the run's folder put in front: its name is a string there, and nothing of it is code."
     import nbformat
     from importlib.resources import files
     notebook = nbformat.reads((files('ccc')/'report.ipynb').read_text(encoding='utf-8'), 4)
-    notebook.cells.insert(0, nbformat.v4.new_code_cell(f'RUN, NETWORK = {str(run)!r}, {network!r}'))
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(f'import os\nRUN, NETWORK = {str(run)!r}, {network!r}\nos.chdir({os.getcwd()!r})'))     # where relative paths of its settings start
     return notebook
 
 def _offline(exporter):
@@ -129,20 +134,52 @@ def _offline(exporter):
         if exporter.has_trait(name): setattr(exporter, name, '')
     return exporter
 
+# %% ../nbs/09a_report.ipynb #isolate1
+def _import_paths():
+    "Where this process imports from, without its working folder: files that lie there by chance are no modules."
+    import ccc
+    here, source = Path.cwd(), Path(ccc.__file__).parents[1]
+    return [str(Path(p or here).absolute()) for p in sys.path if Path(p or here).absolute() != here or here == source]
+
+def _isolated_client(notebook, folder):  # an empty one
+    "A client whose kernel starts in `folder` and imports nothing from there."
+    from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+    from jupyter_client.manager import AsyncKernelManager
+    from nbclient import NotebookClient
+    start = f'import sys; sys.path[:] = {_import_paths()!r}; from ipykernel.kernelapp import launch_new_instance; launch_new_instance()'
+    spec = KernelSpec(argv=[sys.executable, '-c', start, '-f', '{connection_file}', '--IPKernelApp.ignore_cwd=True', '--log-level=ERROR'],
+                      language='python', display_name='ccc report', env=dict(IPYTHONDIR=folder, PYTHONSTARTUP='', PYTHONSAFEPATH='1'))
+    class Ours(KernelSpecManager):
+        def get_kernel_spec(self, name): return spec
+    kernel = AsyncKernelManager(kernel_name='ccc-report', kernel_spec_manager=Ours())
+    return NotebookClient(notebook, km=kernel, timeout=None, store_widget_state=False, resources={'metadata': {'path': folder}})
+
 # %% ../nbs/09a_report.ipynb #3ce1e49d
+def _execute(notebook):
+    "Runs the template; the first error as one line."
+    from nbclient.exceptions import CellExecutionError, DeadKernelError
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        try: _isolated_client(notebook, folder).execute()
+        except CellExecutionError as e: raise ValueError(f'the report cannot be made of this run, got {e.ename}: {one_line(e.evalue)}') from e
+        except DeadKernelError as e: raise MemoryError('the process that draws the report was ended by the system, most likely for want of memory; network=False needs less') from e
+
+# %% ../nbs/09a_report.ipynb #writerep
 def write_report(run,           # folder of a run
                  out=None,      # the HTML file; None: report.html in the run's folder
                  network: bool = True,  # with the pictures that need the last weights (embeds the training, query and gallery images once)
+                 force: bool = False,  # replace a file that is not ours
                 ) -> Path:      # the file
-    "Runs the template notebook on a run and writes one HTML file. FileNotFoundError for what is no run; ImportError says how to get nbconvert."
+    "Runs the template notebook on a run and writes one HTML file. FileNotFoundError for what is no run; ImportError says how to get nbconvert; OSError for a file that is not ours."
     run = Path(run).resolve()
     if not (run/'config.json').is_file(): raise FileNotFoundError(f'RUN must be the folder of a run with its config.json, got {run}')
-    try: import nbclient, nbconvert
+    try: import ipykernel, nbclient, nbconvert
     except ImportError as e: raise ImportError(f"ccc report needs `pip install 'ccc-reid[notebook]'` ({e.name} is missing)") from e
+    out = Path(out).expanduser() if out else run/'report.html'
+    check_free(out, force=force)
     notebook = _notebook(run, network)
-    nbclient.NotebookClient(notebook, timeout=None, kernel_name='python3', store_widget_state=False, resources={'metadata': {'path': str(run)}}).execute()
+    _execute(notebook)
     exporter = _offline(nbconvert.HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True, embed_images=True))
-    text, _ = exporter.from_notebook_node(notebook, dict(metadata=dict(name=f'{run.name} · ccc report')))
-    out = Path(out) if out else run/'report.html'
-    out.write_text(text, encoding='utf-8')
+    title = one_line(f'{run.name} · ccc report').translate(dict.fromkeys(map(ord, '<>&"')))       # some versions of nbconvert escape it, some do not
+    text, _ = exporter.from_notebook_node(notebook, dict(metadata=dict(name=title)))
+    write_file(out, lambda f: f.write(seal_page(text)))
     return out

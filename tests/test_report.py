@@ -1,6 +1,11 @@
 "The report of a run that knows nothing: no identities, cameras, maps or images, and no weights."
 import json
+import os
 import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
 from dataclasses import asdict
 
 import numpy as np
@@ -43,3 +48,64 @@ def test_no_run(tmp_path, capsys):
     with pytest.raises(FileNotFoundError, match='folder of a run'):
         write_report(tmp_path)
     assert main(['report', str(tmp_path)]) == 2 and 'config.json' in capsys.readouterr().err
+
+
+TAG = '<b id="theirs" onclick="x()">'
+
+
+class Tags(HTMLParser):
+    "The tags of a page that are theirs: by their attributes, and whether an address was made a link."
+    def __init__(self, text):
+        super().__init__()
+        self.theirs = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        own = dict(attributes)
+        if own.get('id') == 'theirs' or 'onclick' in own and 'x()' in own['onclick'] or str(own.get('href') or own.get('src')).startswith('http://evil'): self.theirs.append((tag, attributes))
+
+
+def theirs(run, text):
+    "The run under a name, with settings and notes, that are markup."
+    moved = run.with_name(f'{text} & [l](evil.example) $x^')
+    run.rename(moved)
+    known = json.loads((moved/'config.json').read_text())
+    known['config'] |= dict(dataset='folder', notes=f'{text}\n\n# head\n<script>theirs()</script>', arch=f'timm:{text}', root_dir=f'gone/{text}|http://evil.example')
+    known |= dict(commit=text, device=f'![{text}](http://evil.example/x.png)', versions={text: f'</td>{text}'})
+    known['data']['fingerprint'] = text
+    (moved/'config.json').write_text(json.dumps(known))
+    return moved
+
+
+MODULES = 'ccc numpy torch nbformat nbclient ipykernel ipykernel_launcher IPython sitecustomize usercustomize matplotlib json traitlets startup ipython_config ipython_kernel_config plotly'.split()
+
+
+@pytest.mark.parametrize('launch', [[str(Path(sys.executable).with_name('ccc'))], [sys.executable, '-m', 'ccc']], ids=['script', 'module'])
+def test_a_run_is_data(bare, tmp_path, launch):
+    "No file of a run or of the working folder is imported, and no text of them is markup."
+    run, here = theirs(bare, TAG), tmp_path/'here'
+    here.mkdir()
+    for folder in (run, here):
+        for name in MODULES:
+            if folder == run or launch[1:] == [] or name != 'ccc':           # `python -m ccc` itself looks for ccc in the working folder: Python's rule
+                (folder/f'{name}.py').write_text(f'open({str(tmp_path/"it_ran")!r}, "a").write(__file__)')
+        (folder/'profile_default/startup').mkdir(parents=True)
+        (folder/'profile_default/startup/0.py').write_text(f'open({str(tmp_path/"it_ran")!r}, "a").write("profile")')
+    env = os.environ | dict(PYTHONSTARTUP=str(here/'startup.py'), IPYTHONDIR=str(here))
+    done = subprocess.run([*launch, 'report', str(run), '--out', str(tmp_path/'r.html'), '--no-network'], capture_output=True, text=True, cwd=here, env=env, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path/'it_ran').exists(), (tmp_path/'it_ran').read_text()
+    text = (tmp_path/'r.html').read_text()
+    assert Tags(text).theirs == [] and '<script>theirs' not in text and '&lt;b id=' in text
+    assert sorted(p.name for p in here.iterdir()) == sorted([*(f'{m}.py' for m in MODULES if (here/f'{m}.py').exists()), 'profile_default'])       # nothing is left behind
+
+
+def test_a_file_that_is_not_ours_stays(bare, capsys):
+    out = bare/'report.html'
+    out.write_text('my notes')
+    assert main(['report', str(bare), '--no-network']) == 2
+    said = capsys.readouterr().err
+    assert '--force' in said and said.count('\n') == 1 and out.read_text() == 'my notes'
+    assert main(['report', str(bare), '--no-network', '--force']) == 0 and 'ccc-seal' in out.read_text()
+    assert main(['report', str(bare), '--no-network']) == 0                              # ours: made anew
+    assert main(['report', str(bare), '--no-network', '--out', str(bare/'labels')]) == 2 and 'folder' in capsys.readouterr().err

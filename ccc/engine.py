@@ -27,7 +27,7 @@ def check_device(device: str | None):  # cpu, cuda, cuda:<number>, mps; None: wh
     kind, _, number = str(device).partition(':')
     if device is None or device == 'cpu': return
     if kind == 'cuda' and (not number or number.isdecimal()):
-        if not torch.cuda.is_available(): raise ValueError(f'device {device} needs a GPU that torch can see, got none')
+        if not torch.cuda.is_available(): raise ValueError(f'device must be one that torch can see: device={device} needs a GPU, and there is none')
         if number and int(number) >= torch.cuda.device_count(): raise ValueError(f'device must be one of the {torch.cuda.device_count()} GPUs here, the first being cuda:0; got device={device}')
     elif device == 'mps':
         if not torch.backends.mps.is_available(): raise ValueError('device mps needs a GPU of Apple that torch can see, got none')

@@ -153,3 +153,62 @@ def test_torchrun_without_a_gpu_trains_one_run_together(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     (config,) = tmp_path.glob('logs/*/config.json')
     assert json.loads(config.read_text())['processes'] == 2 and done.stdout.count('kept in logs/') == 1
+
+
+# damaged inputs of every command
+
+@pytest.fixture(scope='module')
+def whole_run(tmp_path_factory):
+    "A tiny finished run, and a folder of crops."
+    place = tmp_path_factory.mktemp('damaged')
+    here = os.getcwd()
+    os.chdir(place)
+    try: assert main(TINY) == 0
+    finally: os.chdir(here)
+    from ccc.data import load_dataset
+    (place / 'crops').mkdir()
+    for i, path in enumerate(load_dataset('city').query.paths[:6]): shutil.copy(path, place / 'crops' / f'{i}.jpg')
+    return place
+
+
+def claimed_labels(n=3_000_000_000):
+    "A label file that claims n labels and holds none."
+    import io
+    import zipfile
+    import numpy as np
+    header, archive = io.BytesIO(), io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, dict(descr='<i4', fortran_order=False, shape=(n,)))
+    with zipfile.ZipFile(archive, 'w') as z: z.writestr('labels.npy', header.getvalue())
+    return archive.getvalue()
+
+
+DAMAGES = {
+    'null': ('config.json', b'null'), 'nested deep': ('config.json', b'[' * 100_000), 'no settings': ('config.json', b'{"data": {}}'),
+    'settings of a wrong type': ('config.json', b'{"config": {"lr": "much"}, "data": {"train": 3}}'), 'no text': ('config.json', b'\xff\xfe\x00'),
+    'a folder': ('config.json', None), 'labels that claim three billion': ('labels/epoch_001.npz', claimed_labels()),
+    'metrics of another kind': ('metrics.jsonl', b'[1]\n{"epoch": 1}\n'), 'no checkpoint': ('checkpoints/epoch_001.pt', b'junk')}
+COMMANDS = {'evaluate': 'evaluate RUN', 'suggest': 'suggest --run RUN', 'resume': 'train --resume RUN --num-epochs 3', 'report': 'report RUN --no-network',
+            'label': 'label crops RUN', 'search': 'search crops crops RUN', 'export': 'export RUN out.safetensors crops'}
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+@pytest.mark.parametrize('damage', DAMAGES)
+def test_a_damaged_run_is_one_line_or_does_no_harm(damage, command, whole_run, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv('CCC_DEBUG', raising=False)
+    run, (name, content) = tmp_path / 'run', DAMAGES[damage]
+    shutil.copytree(whole_run / 'logs/city-seed999', run)
+    shutil.copytree(whole_run / 'crops', tmp_path / 'crops')
+    if damage == 'no checkpoint': shutil.rmtree(run / 'checkpoints')
+    elif content is None:
+        (run / name).unlink()
+        (run / name).mkdir()
+    else: (run / name).write_bytes(content)
+    monkeypatch.setattr('nbclient.NotebookClient.execute', lambda self: pytest.skip('the report does not read this file before it runs'))
+    code = main(COMMANDS[command].replace('RUN', 'run').split())
+    said = capfd.readouterr().err
+    assert 'Traceback' not in said
+    if code: assert code == 2 and said.strip().splitlines()[-1].startswith(f'ccc {COMMANDS[command].split()[0]}: ') and len(said.strip().splitlines()[-1]) < 700, said
+    needs = ('evaluate', 'suggest', 'resume', 'report') if name == 'config.json' else ('evaluate', 'suggest', 'label', 'search', 'export') if damage == 'no checkpoint' else ()
+    if command in needs: assert code == 2, 'a run that cannot be read was used'
+    assert 'not foreseen' not in said, said

@@ -141,7 +141,7 @@ def test_a_run_that_crashes_is_left_out_and_the_others_go_on(tmp_path):
     base = study_base('city', **TINY)
     bad = replace(base, num_clusters=10_000)
     left_out = ablate([bad, base], base, tmp_path)
-    assert list(left_out) == ['num_clusters=10000 seed 1'] and 'num_clusters must not exceed' in left_out['num_clusters=10000 seed 1']
+    assert list(left_out) == ['num_clusters=10000 seed 1'] and '--num-clusters must not exceed' in left_out['num_clusters=10000 seed 1']
     found = results(tmp_path)
     assert list(found) == [run_key(base)] and scores(base, found).keys() == {1} and scores(bad, found) == {}
     assert 'finished' in outlook(plan([base], base, tmp_path), tmp_path)

@@ -323,7 +323,7 @@ def test_a_line_cut_short_is_left_out(tmp_path):
 
 def test_no_gpu_is_said(data):
     if torch.cuda.is_available(): pytest.skip('there is one')
-    with pytest.raises(ValueError, match='device cuda'): Trainer(Config(**SETTINGS | dict(device='cuda')), data, tiny_net())
+    with pytest.raises(ValueError, match='device=cuda needs a GPU'): Trainer(Config(**SETTINGS | dict(device='cuda')), data, tiny_net())
 
 
 # several processes

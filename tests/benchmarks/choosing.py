@@ -2,7 +2,7 @@
 
     python tests/benchmarks/choosing.py train 90:0 200:0 90:1 90:0:dbscan     # K:seed[:clustering] of small networks in the city, a minute each; leaves FOLDER/*.npz
     python tests/benchmarks/choosing.py measure                                # table over stages, and shares of the best ARI
-    python tests/benchmarks/choosing.py study logs/ablate-city                 # the same over the runs that `ccc ablate clusterers --seeds 3` has left: before, after the warm-up, at the end
+    python tests/benchmarks/choosing.py study logs/stored/study                # the same over the stored study: before, after the warm-up, at the end; writes choosing.json, which 09c_choosing prints
 """
 import json
 import sys
@@ -16,7 +16,7 @@ from sklearn.metrics import adjusted_rand_score
 from torch import nn
 
 from ccc.choosing import label_quality, likely_clusters, suggest_eps, suggest_n_clusters
-from ccc.config import warmup_settings
+from ccc.config import NUMERICS, warmup_settings
 from ccc.data import city_embeddings, load_dataset
 from ccc.labels import make_labels
 from ccc.model import load
@@ -71,10 +71,11 @@ def kept_stages():
 
 
 def measure(stages):
-    shares, resnet = {}, ((f'resnet18 {part}', *city_embeddings(part)[:2]) for part in ('untrained', 'train'))
+    shares, counts, resnet = {}, [], ((f'resnet18 {part}', *city_embeddings(part)[:2]) for part in ('untrained', 'train'))
     for stage, x, pids in chain(resnet, stages):
         graph = jaccard_distance(x, 20, 6)
         count = likely_clusters(suggest_eps(x, graph=graph), len(x))
+        counts.append(int(count))
         for what, candidates in (('dbscan', RADII), ('hdc', KS), ('kmeans', KS)):
             own = {} if what == 'dbscan' else dict(suggested=suggest_n_clusters(x, method=what, graph=graph).value, count=count)
             made = {c: make_labels(x, what, graph=graph, random_state=0, **{'eps' if what == 'dbscan' else 'n_clusters': c}) for c in (*candidates, *own.values())}
@@ -86,8 +87,11 @@ def measure(stages):
             best = max(ari, key=ari.get)
             print(f'{stage:24}{what:7} best {best}: {ari[best]:.3f} | ' + '  '.join(f'{name} {c}: {ari[c]:.3f}' for name, c in chosen.items()), flush=True)
     for (what, name), v in shares.items(): print(f'{what:7} by {name:11} share of the best ARI over {len(v)} stages: mean {np.mean(v):.2f}, worst {np.min(v):.2f}')
+    rows = [dict(what=what, by=name, shares=[round(float(share), 4) for share in v]) for (what, name), v in shares.items()]
+    return dict(numerics=NUMERICS, counts=counts, rows=rows)
 
 
 if __name__ == '__main__':
     if sys.argv[1] == 'train': train(sys.argv[2:])
-    else: measure(study_stages(sys.argv[2]) if sys.argv[1] == 'study' else kept_stages())
+    elif sys.argv[1] == 'measure': measure(kept_stages())
+    else: Path(__file__).with_name('choosing.json').write_text(json.dumps(measure(study_stages(sys.argv[2])), indent=1) + '\n')

@@ -16,7 +16,7 @@ from sklearn.metrics import adjusted_rand_score
 from torch import nn
 
 from ccc.choosing import label_quality, likely_clusters, suggest_eps, suggest_n_clusters
-from ccc.config import NUMERICS, warmup_settings
+from ccc.config import NUMERICS, Config, warmup_settings
 from ccc.data import city_embeddings, load_dataset
 from ccc.labels import make_labels
 from ccc.model import load
@@ -53,7 +53,8 @@ def study_stages(folder):
     "Embeddings of the training images in the runs of a study."
     from ccc.training import Trainer
     city, found = load_dataset('city').train, find_runs(folder)
-    warmups = {json.dumps(json.loads(f.read_text())['told']['settings'], sort_keys=True): f.parent for f in Path(folder).glob('warmups/*/warmup.json')}
+    usual = warmup_settings(Config())                       # a warm-up older than a setting has its default
+    warmups = {json.dumps(usual | json.loads(f.read_text())['told']['settings'], sort_keys=True): f.parent for f in Path(folder).glob('warmups/*/warmup.json')}
     for c in (replace(study_base('city'), seed=seed) for seed in (1, 2, 3)):
         yield f'untrained, seed {c.seed}', Trainer(c).extract(), city.pids
         yield f'warm-up, seed {c.seed}', load(warmups[json.dumps(warmup_settings(c), sort_keys=True)] / 'epoch_001.pt').embed(city), city.pids

@@ -221,6 +221,7 @@ class ExportOptions:
     path: str  # of the file: .onnx, .pt2 or .safetensors
     images: str  # folder of crops or table, for the check: the first 16 are compared
     licence: str = 'not stated'  # of the weights, for the card
+    normalised: bool = False  # ONNX for trackers: takes float32 images that are normalised already
     force: bool = False  # replace files that ccc did not write
 
 def export(args: list):  # words after `ccc export`
@@ -228,7 +229,9 @@ def export(args: list):  # words after `ccc export`
     import tyro
     o = read_options(tyro.conf.PositionalRequiredArgs[ExportOptions], args, 'ccc export')
     from ccc.model import load, open_crops
-    lowest = load(o.model).export(o.path, open_crops(o.images)[0], o.licence, o.force)
+    model = load(o.model)
+    write = model.export_normalised if o.normalised else model.export
+    lowest = write(o.path, open_crops(o.images)[0], o.licence, o.force)
     print(f'{one_line(o.path)}: cosine to the original at least {lowest:.7f} on real images; {one_line(Path(o.path).with_suffix(".md"))}')
 
 # %% ../nbs/10_cli.ipynb #07a72f22

@@ -608,14 +608,14 @@ def parity(a: Model, b: Model,  # two forms of one model
 # %% ../nbs/08b_model.ipynb #9b981e21
 def export_normalised(model: Model,
                       path: str | Path,  # ending in .onnx
-                      images, licence: str = 'not stated',  # as of `export`
+                      images, licence: str = 'not stated', force: bool = False,  # as of `export`
                      ) -> float:  # the lowest cosine seen
     "Writes ONNX that takes float32 (N, 3, height, width), RGB, normalised with the mean and deviation of its description."
     if Path(path).suffix != '.onnx': raise ValueError(f'a normalised export is an .onnx file, got {Path(path).name}')
     if model.module is None: raise ValueError('export needs the network itself: load the run, a checkpoint or .safetensors, got a model that was exported already')
     info = model.info | dict(input='images: float32 (N, 3, height, width), RGB, values 0 to 1 minus the mean, divided by the deviation',
                              normalisation=model.info['normalisation'] | dict(inside=False))
-    return export(Model(model.run, info, model.module.net), path, images, licence)
+    return export(Model(model.run, info, model.module.net), path, images, licence, force)
 
 Model.export_normalised = export_normalised
 
@@ -632,7 +632,7 @@ def card(model: Model, name: str = '',  # of the file
         ) -> str:  # Markdown
     "What a reader must know of a model, from its description."
     i, percent = model.info, lambda s: {k: f'{v:.1%}' for k, v in s.items() if k != 'epoch'}
-    usage = {'input': i['input'], 'size': f"{i['height']} x {i['width']} (height x width), {i['resize']}", 'normalisation': f"inside the model; mean {i['normalisation']['mean']}, deviation {i['normalisation']['std']}",
+    usage = {'input': i['input'], 'size': f"{i['height']} x {i['width']} (height x width), {i['resize']}", 'normalisation': f"{'inside' if i['normalisation'].get('inside', True) else 'before'} the model; mean {i['normalisation']['mean']}, deviation {i['normalisation']['std']}",
              'output': i['output'], 'network': f"{i['arch']}, {i['pooling']} pooling, {i['dim']} numbers", 'weights': i['weights'], 'checked': lowest and f'cosine to the original at least {lowest:.7f} on real images'}
     data = {'data set': i['settings']['dataset'], 'fingerprint': i['data'].get('fingerprint'), 'images': ', '.join(f'{k} {v:,}' for k, v in i['data'].items() if k != 'fingerprint'), 'origin of the first weights': i['settings']['resnet_pretrained']}
     labels = {k: round(v, 3) if isinstance(v, float) else v for k, v in i['metrics'].items() if k in ('n_clusters', 'n_outliers', 'churn', 'silhouette', 'confidence', 'nmi', 'camera_nmi')}

@@ -229,3 +229,15 @@ def test_onnx_for_trackers_takes_normalised_floats(model, crops, tmp_path):
         z = session.run(None, {entry.name: ((pixels / np.float32(255) - mean) / std).transpose(0, 3, 1, 2).astype(np.float32)})[0]
         assert (z * model.embed(sorted(crops.iterdir())[:n])).sum(1).min() > .9999
     with pytest.raises(ValueError, match='.onnx file, got m.pt2'): model.export_normalised(tmp_path / 'm.pt2', crops)
+    assert 'normalisation: before the model' in (tmp_path / 'reid.md').read_text()
+
+def test_the_command_writes_onnx_for_trackers(model, crops, tmp_path):
+    onnxruntime = pytest.importorskip('onnxruntime')
+    pytest.importorskip('onnxscript')
+    from ccc.cli import main
+    weights, out = tmp_path / 'm.safetensors', tmp_path / 'reid.onnx'
+    model.export(weights, crops)
+    assert 'normalisation: inside the model' in weights.with_suffix('.md').read_text()
+    assert main(['export', str(weights), str(out), str(crops), '--normalised']) == 0
+    assert onnxruntime.InferenceSession(str(out), providers=['CPUExecutionProvider']).get_inputs()[0].type == 'tensor(float)'
+    assert main(['export', str(weights), str(tmp_path / 'reid.pt2'), str(crops), '--normalised']) != 0 and not (tmp_path / 'reid.pt2').exists()

@@ -212,3 +212,25 @@ def test_a_damaged_run_is_one_line_or_does_no_harm(damage, command, whole_run, t
     needs = ('evaluate', 'suggest', 'resume', 'report') if name == 'config.json' else ('evaluate', 'suggest', 'label', 'search', 'export') if damage == 'no checkpoint' else ()
     if command in needs: assert code == 2, 'a run that cannot be read was used'
     assert 'not foreseen' not in said, said
+
+
+FOREIGN = {'label crops RUN --out mine': ('mine.csv', 'mine.html'), 'search crops crops RUN --save mine.faiss': ('mine.faiss', 'mine.json'),
+           'export RUN mine.safetensors crops': ('mine.safetensors', 'mine.md')}
+
+
+@pytest.mark.parametrize('words', FOREIGN)
+def test_a_file_of_somebody_else_stays_without_force(words, whole_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv('CCC_DEBUG', raising=False)
+    shutil.copytree(whole_run / 'crops', tmp_path / 'crops')
+    command = words.replace('RUN', str(whole_run / 'logs/city-seed999')).split()
+    for name in FOREIGN[words]:
+        (tmp_path / name).write_text('somebody wrote this')
+        assert main(command) == 2
+        said = capsys.readouterr().err
+        assert name in said and '--force' in said and said.count('\n') == 1, said
+        assert (tmp_path / name).read_text() == 'somebody wrote this' and sorted(p.name for p in tmp_path.glob('mine*')) == [name]
+        (tmp_path / name).unlink()
+    (tmp_path / FOREIGN[words][1]).write_text('somebody wrote this')
+    assert main([*command, '--force']) == 0
+    assert (tmp_path / FOREIGN[words][1]).read_bytes() != b'somebody wrote this'

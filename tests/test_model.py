@@ -241,3 +241,52 @@ def test_the_command_writes_onnx_for_trackers(model, crops, tmp_path):
     assert main(['export', str(weights), str(out), str(crops), '--normalised']) == 0
     assert onnxruntime.InferenceSession(str(out), providers=['CPUExecutionProvider']).get_inputs()[0].type == 'tensor(float)'
     assert main(['export', str(weights), str(tmp_path / 'reid.pt2'), str(crops), '--normalised']) != 0 and not (tmp_path / 'reid.pt2').exists()
+
+
+# files of others are data
+
+class Evil:
+    "Opens a file when it is unpickled."
+    def __init__(self, mark): self.mark = mark
+    def __reduce__(self): return open, (str(self.mark), 'w')
+
+
+@pytest.mark.parametrize('suffix', ['.pt', '.pt2'])
+def test_a_model_file_runs_nothing(tmp_path, suffix):
+    path, mark = tmp_path / f'm{suffix}', tmp_path / 'it_ran'
+    torch.save({'settings': Evil(mark), 'network': Evil(mark)}, path)
+    with pytest.raises(ValueError): ccc.load(path)
+    assert not mark.exists()
+    torch.load(path, weights_only=False)
+    assert mark.exists()                                   # the file would have, so the test can fail
+
+
+@pytest.mark.parametrize('damage', ['another kind', 'a claim of many vectors', 'cut short', 'junk'])
+def test_an_index_file_is_looked_at_first(tmp_path, damage):
+    import faiss
+    path = tmp_path / 'g.faiss'
+    x = np.eye(4, 8, dtype=np.float32)
+    Index(x, list('abcd'), 'w').save(path)
+    assert len(Index.load(path)) == 4
+    content = bytearray(path.read_bytes())
+    assert int.from_bytes(content[8:16], 'little') == 4                                     # how many vectors it says it has
+    if damage == 'another kind': faiss.write_index(faiss.index_factory(8, 'HNSW4'), str(path))
+    elif damage == 'junk': path.write_bytes(b'junk')
+    elif damage == 'cut short': path.write_bytes(content[:-5])
+    else: path.write_bytes(content[:8] + (2 ** 40).to_bytes(8, 'little') + content[16:])
+    with pytest.raises(ValueError, match='g.faiss'): Index.load(path)
+
+
+def test_no_cell_of_a_table_is_a_formula(tmp_path):
+    import csv
+    names = ['=1+1.jpg', '+1.jpg', '-1.jpg', '@home.jpg', '\tx.jpg', 'plain.jpg']
+    labels = PseudoLabels(np.zeros(6, int), np.ones(6), np.zeros((1, 2)))
+    write_labels(tmp_path / 'l.csv', names, labels)
+    with open(tmp_path / 'l.csv', newline='') as f: cells = [row[0] for row in csv.reader(f)][1:]
+    assert not any(cell[0] in '=+-@\t' for cell in cells)
+    assert [os.path.normpath(cell) for cell in cells] == names                              # and each still names its file
+
+
+def test_a_card_shows_names_as_text(model):
+    text = card(Model(None, model.info | dict(origin='<script>alert(1)</script>')), '<img src=x>')
+    assert '<script>' not in text and '<img' not in text

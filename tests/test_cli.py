@@ -12,6 +12,7 @@ import pytest
 from ccc.cli import main, read_options, train_options
 from ccc.config import Config, changes
 from ccc.experiments import recipe
+from test_faults import claimed
 
 PUBLISHED = '''dataset root-dir arch resnet-pretrained pooling-type height width batch-size num-instances num-workers iters num-epochs seed notes cm-mode cm-temperature cm-momentum
     loss-with-camera no-cam num-clusters cluster-min-instances dbscan-eps jaccard-k1 jaccard-k2 no-jaccard hdc-init hdc-similarity hdc-max-iter hdc-outlier hdc-centroids hdc-normalize
@@ -171,21 +172,10 @@ def whole_run(tmp_path_factory):
     return place
 
 
-def claimed_labels(n=3_000_000_000):
-    "A label file that claims n labels and holds none."
-    import io
-    import zipfile
-    import numpy as np
-    header, archive = io.BytesIO(), io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, dict(descr='<i4', fortran_order=False, shape=(n,)))
-    with zipfile.ZipFile(archive, 'w') as z: z.writestr('labels.npy', header.getvalue())
-    return archive.getvalue()
-
-
 DAMAGES = {
     'null': ('config.json', b'null'), 'nested deep': ('config.json', b'[' * 100_000), 'no settings': ('config.json', b'{"data": {}}'),
     'settings of a wrong type': ('config.json', b'{"config": {"lr": "much"}, "data": {"train": 3}}'), 'no text': ('config.json', b'\xff\xfe\x00'),
-    'a folder': ('config.json', None), 'labels that claim three billion': ('labels/epoch_001.npz', claimed_labels()),
+    'a folder': ('config.json', None), 'labels that claim three billion': ('labels/epoch_001.npz', claimed(3_000_000_000)),
     'metrics of another kind': ('metrics.jsonl', b'[1]\n{"epoch": 1}\n'), 'no checkpoint': ('checkpoints/epoch_001.pt', b'junk')}
 COMMANDS = {'evaluate': 'evaluate RUN', 'suggest': 'suggest --run RUN', 'resume': 'train --resume RUN --num-epochs 3', 'report': 'report RUN --no-network',
             'label': 'label crops RUN', 'search': 'search crops crops RUN', 'export': 'export RUN out.safetensors crops'}

@@ -43,6 +43,12 @@ def test_readme_in_step_with_index(copy):
     assert (copy / 'README.md').read_text() == stored
 
 
+def test_no_link_is_part_of_the_repository():
+    if not (ROOT / '.git').exists(): pytest.skip('not a git checkout')
+    lines = run('git', 'ls-files', '--stage').splitlines()  # mode, hash, stage and name
+    assert [line for line in lines if line.startswith('120000')] == []
+
+
 def test_wheel_holds_compiled_kernels(copy, tmp_path):
     run(sys.executable, '-m', 'build', '--wheel', '--no-isolation', '--outdir', tmp_path, cwd=copy)
     wheel, = tmp_path.glob('ccc_reid-*.whl')

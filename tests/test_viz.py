@@ -205,3 +205,84 @@ def test_hardest_errors_against_sorting():
         order, _ = viz._ranked(d[i], i, q_pids, g_pids, q_camids, g_camids)
         if g_pids[order[0]] != q_pids[i] and (g_pids[order] == q_pids[i]).any(): wrong.append(i)
     assert sorted(found) == wrong and (np.diff(margins) <= 0).all() and (margins > 0).all()
+
+
+def islands(k, each=12, seed=0):
+    "Labels and a map of `k` clusters, some alone and some in a crowd."
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(-1, k, each * k)
+    return labels, 8 * rng.normal(size=(k + 1, 2))[labels] + .3 * rng.normal(size=(len(labels), 2))
+
+
+def simulated(colours, eye):
+    "Colours as a dichromat sees them (Machado et al. 2009, by colorspacious), as points of a space in which equal distances look equally different."
+    from colorspacious import cspace_convert
+    if eye:
+        colours = cspace_convert(colours, {'name': 'sRGB1+CVD', 'cvd_type': eye, 'severity': 100}, 'sRGB1').clip(0, 1)
+    return cspace_convert(colours, 'sRGB1', 'CAM02-UCS')
+
+
+def closest(labels, xy):
+    "Pairs of clusters that touch: the clusters of points that are among the three nearest of each other's, and each cluster's nearest by centre."
+    inside = labels >= 0
+    at, y = xy[inside], labels[inside]
+    near = ((at[:, None] - at) ** 2).sum(-1).argsort(1)[:, 1:4]
+    pairs = {tuple(sorted((a, b))) for a, row in zip(y, y[near]) for b in row if a != b}
+    ids = np.unique(y)
+    centres = np.array([at[y == j].mean(0) for j in ids])
+    gaps = ((centres[:, None] - centres) ** 2).sum(-1)
+    np.fill_diagonal(gaps, np.inf)
+    return np.array(sorted(pairs | {tuple(sorted((a, b))) for a, b in zip(ids, ids[gaps.argmin(1)])}))
+
+
+@pytest.mark.parametrize('k', [90, 300])
+def test_every_cluster_has_a_colour(k):
+    labels, xy = islands(k)
+    for colours in (viz.cluster_colors(labels), viz.cluster_colors(labels, xy), viz.cluster_colors(torch.tensor(labels), torch.tensor(xy))):
+        assert colours.shape == (k, 3) and (colours >= 0).all() and (colours <= 1).all()
+        assert len(np.unique((255 * colours).round(), axis=0)) == k                            # still different in a stored picture
+        seen = simulated(colours, None)
+        gaps = np.linalg.norm(seen[:, None] - seen, axis=-1) + 99 * np.eye(k)
+        assert gaps.min() > 6
+        for taken in ([1, 1, 1], [0, 0, 0], [154 / 255] * 3):                                  # paper, ink, outliers
+            assert np.linalg.norm(seen - simulated(np.array([taken]), None), axis=1).min() > 6
+    assert np.array_equal(viz.cluster_colors(labels, xy), viz.cluster_colors(labels, xy))
+
+
+@pytest.mark.parametrize('k', [40, 90, 300])
+@pytest.mark.parametrize('seed', [0, 1])
+def test_neighbours_are_told_apart_by_all_eyes(k, seed):
+    labels, xy = islands(k, seed=seed)
+    a, b = closest(labels, xy).T
+    colours, markers = viz.cluster_colors(labels, xy), np.array(viz.cluster_markers(labels, xy))
+    same_shape = markers[a] == markers[b]
+    assert same_shape.mean() < .02 and 'x' not in markers
+    for eye in (None, 'deuteranomaly', 'protanomaly', 'tritanomaly'):
+        seen = simulated(colours, eye)
+        gaps = np.linalg.norm(seen[a] - seen[b], axis=1)
+        assert (gaps[same_shape] > 5).all()                                                    # colour or shape
+        assert (gaps > 5).mean() > .97                                                         # and nearly always colour alone
+    seen = simulated(colours, None)
+    hue = np.degrees(np.arctan2(seen[:, 2], seen[:, 1]))
+    assert np.median(np.abs((hue[a] - hue[b] + 180) % 360 - 180)) > 110                        # of any two: 90
+
+
+def test_colours_stay_through_the_epochs():
+    "Every epoch has as many colours as clusters; the last epoch's are the same whatever came before."
+    rng = np.random.default_rng(0)
+    labels = viz.follow_clusters([rng.integers(-1, 30, 400) for _ in range(6)])
+    maps = rng.normal(size=(6, 400, 2))
+    for xy in (maps, maps[-1], None):
+        colours = viz.cluster_colors(labels, xy)
+        for epoch in labels:
+            ids = np.unique(epoch[epoch >= 0])
+            assert len(np.unique(colours[ids], axis=0)) == len(ids)
+        ids = np.unique(labels[-1][labels[-1] >= 0])
+        assert np.array_equal(colours[ids], viz.cluster_colors(labels[-1], None if xy is None else maps[-1])[ids])
+
+
+def test_colours_of_few_of_none_and_of_very_many():
+    assert viz.cluster_colors([-1, -1]).shape == (0, 3) and viz.cluster_markers([-1, -1]) == []
+    assert len(viz.cluster_colors([0, 0, 4], np.zeros((3, 2)))) == len(viz.cluster_markers([0, 0, 4], np.zeros((3, 2)))) == 5
+    many = viz.cluster_colors(np.arange(2500))
+    assert len(np.unique(many[:2000], axis=0)) == 2000 and np.isfinite(many).all()

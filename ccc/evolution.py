@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['History', 'read_history', 'label_flow', 'plot_flow', 'label_signs', 'graph_silhouette', 'plot_signs',
-           'plot_camera_matrix', 'animate_evolution']
+           'plot_camera_matrix', 'animate_evolution', 'save_film']
 
 # %% ../nbs/05a_evolution.ipynb #40e29086
 import io
@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .labels import churn, diagnose
-from .viz import _COLOURS, _GREY, _MARKERS, _PALE, _array, _coloured, _count, _draw_outliers, _figure, _few, _per_point, _read_metrics, _spread, _style, follow_clusters
+from .labels import camera_bias, churn, diagnose
+from .viz import _COLOURS, _GREY, _MARKERS, _PALE, _array, _coloured, _count, _draw_outliers, _figure, _per_point, _read_metrics, _spread, cluster_colors, follow_clusters
 
 # %% ../nbs/05a_evolution.ipynb #64f24f6c
 @dataclass
@@ -159,19 +159,21 @@ def _draw_moves(ax, history):
 
 # %% ../nbs/05a_evolution.ipynb #c5d444a4
 def label_signs(history: History) -> dict:  # name -> (E,) float, NaN where there is nothing to say
-    "Counts, stability and confidence of every epoch; NMI, ARI and purity where identities are known, camera NMI where cameras are."
+    "Counts, stability and confidence of every epoch; agreement with people and with cameras where they are known, mAP where the run was evaluated."
     signs = []
     for e, labels in enumerate(history.labels):
         sure = history.confidence[e][labels >= 0]
         row = dict(n_clusters=len(np.unique(labels[labels >= 0])), n_outliers=(labels < 0).sum(), confidence=sure.mean() if len(sure) else np.nan,
                    stability=1 - churn(labels, history.labels[e - 1]) if e else np.nan)
-        for values, keys in [(history.pids, ('nmi', 'ari', 'purity')), (history.camids, ('camera_nmi', 'camera_entropy'))]:
+        for values, keys in [(history.pids, ('nmi', 'ami', 'ari', 'purity')), (history.camids, ('camera_nmi', 'camera_ami', 'camera_entropy'))]:
             if values is None: continue
             known = values >= 0
             told = diagnose(labels[known], values[known]) if 'nmi' in keys else diagnose(labels[known], camids=values[known])
             row |= {k: told[k] for k in keys}
         signs.append(row)
-    return {k: np.array([row[k] for row in signs], float) for k in signs[0]}
+    scores = {row.get('epoch'): row.get('mAP') for row in history.rows}
+    evaluated = {} if not any(v is not None for v in scores.values()) else dict(mAP=np.array([scores.get(e) for e in history.epochs], float))
+    return {k: np.array([row[k] for row in signs], float) for k in signs[0]} | evaluated
 
 # %% ../nbs/05a_evolution.ipynb #83d3bb4c
 def graph_silhouette(graph,   # (N, N) CSR of distances in [0, 1], the zero diagonal stored; absent: 1
@@ -195,11 +197,13 @@ def graph_silhouette(graph,   # (N, N) CSR of distances in [0, 1], the zero diag
     return out
 
 # %% ../nbs/05a_evolution.ipynb #32e78574
+_NAMES = dict(ami='AMI, people', camera_ami='AMI, cameras', ari='ARI, people', purity='purity, people', mAP='mAP', stability='stability', confidence='confidence')
+
 def _curves(ax, history, values, names):
     "Some signs over the epochs."
     for c, name in enumerate(n for n in names if n in values):
-        ax.plot(history.epochs + 1, values[name], color=_COLOURS[c], marker=_MARKERS[c], markersize=4, label=name.replace('_', ' '))
-    ax.set(xlabel='epoch', ylim=(0, 1.05))
+        ax.plot(history.epochs + 1, values[name], color=_COLOURS[c], marker=_MARKERS[c], markersize=4, label=_NAMES[name])
+    ax.set(xlabel='epoch', ylim=(min(0, 1.05 * min(np.nanmin(values[n], initial=0) for n in names if n in values)), 1.05))
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend(fontsize=8, frameon=False)
 
@@ -229,8 +233,8 @@ def plot_signs(history: History):  # -> matplotlib Figure, closed
     "Agreement with people and cameras where known, stability, confidence, cluster sizes and outliers over the epochs."
     values = label_signs(history)
     fig, axes = _figure(4, 4.4, 2.9)
-    _curves(axes[0], history, values, ['nmi', 'ari', 'purity', 'camera_nmi', 'stability'])
-    axes[0].set_title('agreement with people and cameras' if 'nmi' in values else 'cameras and stability; people unknown' if 'camera_nmi' in values else 'stability; people, cameras unknown', fontsize=10)
+    _curves(axes[0], history, values, ['ami', 'ari', 'purity', 'camera_ami', 'stability'])
+    axes[0].set_title('agreement with people and cameras' if 'ami' in values else 'cameras and stability; people unknown' if 'camera_ami' in values else 'stability; people, cameras unknown', fontsize=10)
     out = values['n_outliers'] / history.labels.shape[1]
     axes[1].bar(history.epochs + 1, out, color=_GREY, hatch='////', edgecolor='white')
     axes[1].set(xlabel='epoch', ylabel='share of outliers', ylim=(0, max(.05, 1.1 * out.max())))
@@ -268,89 +272,170 @@ def plot_camera_matrix(labels,  # (N,) int, OUTLIER = -1
     if title: fig.suptitle(title)
     return fig
 
-# %% ../nbs/05a_evolution.ipynb #4ae4ed21
-def _paint(groups, coloured):
-    "A colour for every point of the groups; pale for those not in `coloured`."
-    from matplotlib.colors import to_rgba_array
-    colours = np.tile(to_rgba_array(_PALE), (len(groups), 1))
-    for g in coloured: colours[groups == g] = to_rgba_array(_style(int(g))[0])
-    return colours
-
-def _animation_panels(history):
-    "(title, colours (E, M, 4)) of every panel of the animation."
+# %% ../nbs/05a_evolution.ipynb #019603f9
+def _film_maps(history):
+    "(title, colours (E, M, 3) of the dots) of each map of the film: clusters, then what else is known."
     import matplotlib as mpl
-    at, labels = history.index, history.labels[:, history.index]
-    sure = history.confidence[:, at]
+    at, n = history.index, len(history.epochs)
+    labels, sure = history.labels[:, at], history.confidence[:, at]
     low, high = np.percentile(sure, [2, 98])
-    few = _coloured(labels[-1])
-    panels = [(lambda e: f'clusters: {len(np.unique(history.labels[e][history.labels[e] >= 0]))}' + _few(labels[-1]), [_paint(l, few) for l in labels]),
-              (lambda e: f'confidence {low:.2f} to {high:.2f}', list(mpl.colormaps['viridis'](np.clip((sure - low) / max(high - low, 1e-9), 0, 1))))]
-    for name, values in [('cameras', history.camids), ('people', history.pids)]:
-        if values is None: continue
-        v = values[at]
-        panels.append((lambda e, name=name, v=v: f'{name}: {len(np.unique(v[v >= 0]))}' + _few(v), [_paint(v, _coloured(v))] * len(labels)))
-    return panels
+    steps = mpl.colormaps['viridis'](np.round(np.clip((sure - low) / max(high - low, 1e-9), 0, 1) * 15) / 15)[..., :3]    # 16 shades: fewer bytes
+    maps = [('clusters', cluster_colors(labels, history.maps)[labels])]
+    if history.camids is not None: maps.append(('cameras', [_paint(history.camids[at], np.array([mpl.colors.to_rgb(c) for c in _COLOURS]))] * n))
+    if history.pids is not None:
+        people, who = np.unique(history.pids[at], return_inverse=True)
+        who = np.where(people[who] < 0, -1, who - (people[0] < 0))
+        maps.append(('people (true)', [_paint(who, cluster_colors(who, history.maps[-1]))] * n))
+    return maps + [(f'confidence, {low:.2f} to {high:.2f}', steps)]
 
-# %% ../nbs/05a_evolution.ipynb #c357e556
-def _stage(history, panels, width):
-    "The figure of the animation: for each panel a cloud of dots, one of crosses, and a title."
-    from matplotlib.figure import Figure
-    cols = 2
-    fig = Figure((width / 100, width / 100 * (-(-len(panels) // cols)) / cols * 1.06 + .45), dpi=100, layout='constrained')
-    maps, clouds = history.need_maps(), []
-    centre, half = (maps.min((0, 1)) + maps.max((0, 1))) / 2, .53 * np.ptp(maps, (0, 1)).max() + 1e-6
-    for k, ax in enumerate(np.ravel(fig.subplots(-(-len(panels) // cols), cols, squeeze=False))):
-        ax.set(xticks=[], yticks=[], xlim=(centre[0] - half, centre[0] + half), ylim=(centre[1] - half, centre[1] + half), aspect='equal')
-        if k >= len(panels): ax.set_visible(False); continue
-        clouds.append((ax, ax.scatter([], [], s=9, marker='x', c=_GREY, linewidths=.7), ax.scatter([], [], s=12, linewidths=0)))
-    return fig, clouds
+def _paint(groups, colors):
+    "Rows of `colors`, over and over, by group; pale for the unknown."
+    from matplotlib.colors import to_rgb
+    return np.where((groups < 0)[:, None], to_rgb(_PALE), colors[groups % len(colors)])
 
-def _frame(fig, clouds, panels, history, e, at, captions):
-    "One picture: epoch `e`'s colours at the places `at` (M, 2)."
-    from PIL import Image
-    out, scale = history.labels[e][history.index] < 0, min(1, fig.get_figwidth() / 5.2)    # a narrow film has small letters, not cut ones
-    for (ax, crosses, dots), (title, colours) in zip(clouds, panels):
-        crosses.set_offsets(at[out])
-        dots.set_offsets(at[~out])
-        dots.set_facecolors(colours[e][~out])
-        ax.set_title(title(e), fontsize=9 * scale)
-    fig.suptitle(captions[e], fontsize=10 * scale, family='monospace')
-    fig.canvas.draw()
-    return Image.fromarray(np.asarray(fig.canvas.buffer_rgba())[..., :3])
+def _film_numbers(history, signs, e):
+    "Names and values of what is written beside epoch `e`'s maps."
+    lines = [('epoch', f'{history.epochs[e] + 1} of {history.epochs[-1] + 1}'), ('clusters', f'{signs["n_clusters"][e]:.0f}'), ('outliers', f'{signs["n_outliers"][e]:,.0f}')]
+    lines += [(_NAMES[k], f'{signs[k][e]:.2f}') for k in ('ami', 'camera_ami') if k in signs and np.isfinite(signs[k][e])]
+    if 'mAP' in signs and np.isfinite(signs['mAP'][e]): lines.append(('mAP', f'{signs["mAP"][e]:.1%}'))
+    known = None if history.camids is None else history.camids[history.index]
+    if known is not None and (known >= 0).sum() > 1:
+        bias = camera_bias(history.maps[e], known)
+        lines.append((f'own camera, {bias.k} nearest', f'{bias.share:.0%}'))
+        lines.append(('the same by chance', f'{bias.chance:.0%}'))
+    return lines
 
-# %% ../nbs/05a_evolution.ipynb #b2e1d06b
-def animate_evolution(history: History,   # with maps
-                      between: int = 3,   # pictures between two epochs
-                      width: int = 640,   # pixels
-                      hold: float = .7,   # seconds an epoch stands still
-                     ) -> bytes:          # an animated PNG; IPython.display.Image(data=…, format='png') shows it
-    "The maps of a run as an animation: clusters, confidence, and cameras and people where known, with their agreement in numbers. ValueError for a run without maps."
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    maps, panels = history.need_maps(), _animation_panels(history) if history.maps is not None else []
-    fig, clouds = _stage(history, panels, width)
-    FigureCanvasAgg(fig)
-    signs, frames, seconds = label_signs(history), [], []
-    say = lambda e: [f'epoch {history.epochs[e] + 1:2d}', *(f'{name} {signs[key][e]:.2f}' for key, name in [('nmi', 'NMI: people'), ('camera_nmi', 'cameras')] if key in signs)]
-    captions = ['   '.join(say(e)) + _sample_note(history) for e in range(len(maps))]
-    for e in range(len(maps)):
-        for k in range(between + 1 if e else 1):
-            t = (k + 1) / (between + 1) if e else 1
+# %% ../nbs/05a_evolution.ipynb #7cfd634c
+class _Film:
+    "The figure of a film: maps, numbers and curves; `draw` shows one moment."
+    def __init__(self, history, width):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        self.history, self.maps, self.signs = history, _film_maps(history), label_signs(history)
+        self.numbers = [_film_numbers(history, self.signs, e) for e in range(len(history.epochs))]
+        self.scale = width / 720
+        few = len(self.maps) - 1                                       # small maps, in a row of three places
+        self.figure = Figure((width / 120, width / 120 * .96), dpi=120)  # letters of 9 points are 15 pixels high at a width of 720
+        FigureCanvasAgg(self.figure)
+        boxes = [(.01, .375, .572, .572 / .96)] + [(.01 + .333 * k, .012, .313, .313 / .96) for k in range(few)]
+        self.clouds = [self._cloud(box, title, 1 if k else 3) for k, (box, (title, _)) in enumerate(zip(boxes, self.maps))]
+        write = lambda x, align: self.figure.text(x, .975, '', size=9 * self.scale, va='top', ha=align, linespacing=1.45)
+        self.names, self.values = write(.61, 'left'), write(.985, 'right')
+        self.now = self._draw_curves((.655, .445, .335, .215))
+        if _sample_note(history): self.figure.text(.985, .36, _sample_note(history), size=7 * self.scale, ha='right', va='bottom')
+
+    def _cloud(self, box, title, size):
+        ax = self.figure.add_axes(box, xticks=[], yticks=[], aspect='equal')
+        ax.set_title(title, size=9 * self.scale, pad=3)
+        ax.spines[:].set(linewidth=.5, color='#bbbbbb')
+        size *= 5 * self.scale ** 2 * min(1, (1500 / len(self.history.index)) ** .5)
+        rough = dict(antialiased=False)                                # smooth edges would double the bytes
+        return ax, ax.scatter([], [], s=size, marker='x', c=_GREY, linewidths=.6, **rough), ax.scatter([], [], s=1.2 * size, linewidths=0, **rough)
+
+    def _draw_curves(self, box):
+        ax = self.figure.add_axes(box)
+        shown = [k for k in ('ami', 'camera_ami', 'mAP') if k in self.signs] if {'ami', 'camera_ami', 'mAP'} & self.signs.keys() else ['stability', 'confidence']
+        for c, name in enumerate(shown):
+            known = np.isfinite(self.signs[name])
+            ax.plot(self.history.epochs[known] + 1, self.signs[name][known], color=_COLOURS[c], marker=_MARKERS[c], markersize=2.5, linewidth=1, label=_NAMES[name])
+        ax.set_ylim(min(0, *(np.nanmin(self.signs[n], initial=0) for n in shown), 0), 1.02)
+        ax.tick_params(labelsize=7.5 * self.scale)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.set_xlabel('epoch', size=8 * self.scale)
+        ax.legend(fontsize=7 * self.scale, frameon=False, loc='lower left', bbox_to_anchor=(-.18, 1), ncols=len(shown), handlelength=1.2, columnspacing=.7, handletextpad=.4)
+        return ax.axvline(1, color='#333333', linewidth=1)
+
+    def draw(self, e, at, maps=None):
+        "Epoch `e`'s colours and numbers at the places `at` (M, 2), scaled to their own cloud, on the first `maps` maps; None: on all."
+        out = self.history.labels[e][self.history.index] < 0
+        (left, bottom), (right, top) = at.min(0), at.max(0)
+        half = .53 * max(right - left, top - bottom) + 1e-6
+        for (ax, crosses, dots), (_, colours) in zip(self.clouds[:maps], self.maps):
+            pixel = 2 * half / ax.bbox.width
+            places = np.round((at - [left, bottom]) / pixel) * pixel + [left, bottom]      # whole pixels: equal dots, which compress better
+            crosses.set_offsets(places[out])
+            dots.set_offsets(places[~out])
+            dots.set_facecolors(colours[e][~out])
+            ax.set(xlim=((left + right) / 2 - half, (left + right) / 2 + half), ylim=((bottom + top) / 2 - half, (bottom + top) / 2 + half))
+        for text, column in ((self.names, 0), (self.values, 1)): text.set_text('\n'.join(line[column] for line in self.numbers[e]))
+        self.now.set_xdata([self.history.epochs[e] + 1] * 2)
+
+    def image(self):
+        "What is drawn, as pixels."
+        from PIL import Image
+        self.figure.canvas.draw()
+        return Image.fromarray(np.asarray(self.figure.canvas.buffer_rgba())[..., :3])
+
+# %% ../nbs/05a_evolution.ipynb #92e3ef91
+def _moments(history, between, hold):
+    "What `_Film.draw` takes, and seconds, of every picture of a film: epochs stand still; between them the large map glides, and the small ones wait, which halves the bytes."
+    maps = [(m - (m.min(0) + m.max(0)) / 2) / max(np.ptp(m, 0).max(), 1e-6) for m in history.need_maps()]      # all of one width
+    yield (0, maps[0]), hold
+    for e in range(1, len(maps)):
+        for t in np.arange(1, between + 1) / (between + 1):
             glide = t * t * (3 - 2 * t)
-            frames.append(_frame(fig, clouds, panels, history, e - (t < 1), maps[max(e - 1, 0)] * (1 - glide) + maps[e] * glide, captions))
-            seconds.append(hold if t == 1 else .06)
-    return _animated(frames, [*seconds[:-1], 3 * hold])
+            yield (e - 1, maps[e - 1] * (1 - glide) + maps[e] * glide, 1), .06
+        yield (e, maps[e]), hold * (3 if e == len(maps) - 1 else 1)
 
-# %% ../nbs/05a_evolution.ipynb #0480213e
 def _sample_note(history):
-    "', 1,000 of 12,936 images' where the map shows a sample."
+    "'1,000 of 12,936 images, drawn at random' where the map shows a sample."
     n, m = history.labels.shape[1], len(history.index)
-    return '' if m == n else f'\n{m:,} of {n:,} images, drawn at random'
+    return '' if m == n else f'{m:,} of {n:,} images, drawn at random'
 
-def _animated(frames, seconds):
-    "Pictures as one animated PNG on a palette of 64 colours, made for the first, middle and last together."
+def _encoded(frames, seconds, kind='PNG', colours=64):
+    "Pictures as one animated image on one palette, made for the first, middle and last together."
     from PIL import Image
     some = Image.fromarray(np.concatenate([np.asarray(frames[k]) for k in (0, len(frames) // 2, -1)]))
-    palette = some.quantize(64, Image.Quantize.MAXCOVERAGE, dither=0)
+    palette = some.quantize(colours, Image.Quantize.MAXCOVERAGE, dither=0)
     small, out = [f.quantize(palette=palette, dither=0) for f in frames], io.BytesIO()
-    small[0].save(out, 'PNG', save_all=True, append_images=small[1:], duration=[round(1000 * s) for s in seconds], loop=0, optimize=True)
+    if kind == 'WEBP': small = [f.convert('RGB') for f in small]
+    lossless = dict(lossless=True) if kind == 'WEBP' else dict(optimize=True)
+    small[0].save(out, kind, save_all=True, append_images=small[1:], duration=[round(1000 * s) for s in seconds], loop=0, **lossless)
     return out.getvalue()
+
+# %% ../nbs/05a_evolution.ipynb #556d7b6a
+def animate_evolution(history: History,   # with maps
+                      between: int = 1,   # pictures between two epochs
+                      width: int = 720,   # pixels
+                      hold: float = .7,   # seconds an epoch stands still
+                      kind: str = 'png',  # 'png', which plays wherever a picture is shown; 'gif', or 'webp'
+                     ) -> bytes:          # an animated image; IPython.display.Image(data=…, format='png') shows it
+    "The film of a run: maps of clusters, confidence, and cameras and people where known, with the numbers of each epoch. ValueError for a run without maps."
+    if kind not in ('png', 'gif', 'webp'): raise ValueError(f"kind must be 'png', 'gif' or 'webp'; got {kind!r}")
+    history.need_maps()
+    film, frames, seconds = _Film(history, width), [], []
+    for moment, time in _moments(history, between, hold):
+        film.draw(*moment)
+        frames.append(film.image())
+        seconds.append(time)
+    return _encoded(frames, seconds, kind.upper())
+
+# %% ../nbs/05a_evolution.ipynb #f51b859d
+def save_film(history: History,   # with maps
+              path,               # film.mp4 or film.webm (these need the program ffmpeg), film.png, film.gif or film.webp
+              between: int = 8,   # pictures between two epochs
+              width: int = 960,   # pixels
+              hold: float = .7,   # seconds an epoch stands still
+             ) -> Path:           # the file
+    "Writes the film of a run. ValueError for another kind of file or a run without maps, FileNotFoundError for a video where ffmpeg is missing."
+    path = Path(path)
+    kind, codecs = path.suffix.lower().lstrip('.'), dict(mp4='h264', webm='libvpx-vp9')
+    if kind not in (*codecs, 'png', 'gif', 'webp'): raise ValueError(f"a film is written as .mp4, .webm, .png, .gif or .webp; got '{path.name}'")
+    if kind in codecs: _write_video(history, path, codecs[kind], between, width, hold)
+    else: path.write_bytes(animate_evolution(history, between, width, hold, kind))
+    return path
+
+# %% ../nbs/05a_evolution.ipynb #eceff397
+def _write_video(history, path, codec, between, width, hold, fps=16):
+    "Sixteen pictures a second, of which those of an epoch that stands still are many and alike."
+    from matplotlib.animation import FFMpegWriter
+    if not FFMpegWriter.isAvailable():
+        raise FileNotFoundError(f"{path.name} needs the program ffmpeg, which is not installed here (`apt install ffmpeg`, `conda install ffmpeg`); .png, .gif and .webp need none")
+    history.need_maps()
+    film = _Film(history, width // 2 * 2)
+    film.figure.set_size_inches(film.figure.get_figwidth(), round(film.figure.get_figheight() * 60) / 60)      # codecs want an even number of pixels
+    writer = FFMpegWriter(fps=fps, codec=codec, extra_args=['-pix_fmt', 'yuv420p', '-crf', '24'])
+    with writer.saving(film.figure, str(path), dpi=film.figure.dpi):
+        for moment, seconds in _moments(history, between, hold):
+            film.draw(*moment)
+            for _ in range(max(1, round(seconds * fps))): writer.grab_frame()

@@ -4,20 +4,21 @@
 
 # %% auto #0
 __all__ = ['OUTLIER', 'PseudoLabels', 'drop_small_clusters', 'within', 'check_method', 'build_graph', 'make_labels', 'churn',
-           'diagnose']
+           'diagnose', 'CameraBias', 'camera_bias']
 
 # %% ../nbs/05_labels.ipynb #e22dbdc8
 import contextlib
 import io
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_array
 from sklearn.cluster import DBSCAN, KMeans
-from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score, normalized_mutual_info_score
 from sklearn.metrics.cluster import contingency_matrix
-from sklearn.neighbors import sort_graph_by_row_values
+from sklearn.neighbors import NearestNeighbors, sort_graph_by_row_values
 from sklearn.utils import check_random_state
 
 from . import _gate as gate
@@ -192,7 +193,7 @@ def diagnose(labels,          # (N,) int with OUTLIER = -1, or PseudoLabels
              camids=None,     # (N,) cameras, where known
              previous=None,   # labels of the epoch before, (N,) or PseudoLabels
              ) -> dict:
-    "Counts, and scores in [0, 1] (camera entropy: mean bits) over the samples that are in a cluster; NaN where there is none."
+    "Counts, and scores in [0, 1] (camera entropy: mean bits; AMI and ARI are 0 by chance and may fall below) over the samples that are in a cluster; NaN where there is none."
     labels, previous = (getattr(l, 'labels', l) for l in (labels, previous))
     labels = np.asarray(labels)
     members = labels >= 0
@@ -200,11 +201,36 @@ def diagnose(labels,          # (N,) int with OUTLIER = -1, or PseudoLabels
     report = dict(n_clusters=len(sizes), n_outliers=int((~members).sum()), largest=int(sizes.max(initial=0)), median_size=float(np.median(sizes)) if len(sizes) else 0.)
     def score(function, truth): return float(function(np.asarray(truth)[members], labels[members])) if members.any() else float('nan')
     if pids is not None:
-        report |= dict(nmi=score(normalized_mutual_info_score, pids), ari=score(adjusted_rand_score, pids), purity=score(_purity, pids))
+        report |= dict(nmi=score(normalized_mutual_info_score, pids), ami=score(adjusted_mutual_info_score, pids), ari=score(adjusted_rand_score, pids), purity=score(_purity, pids))
     if camids is not None:
-        report |= dict(camera_nmi=score(normalized_mutual_info_score, camids),
+        report |= dict(camera_nmi=score(normalized_mutual_info_score, camids), camera_ami=score(adjusted_mutual_info_score, camids),
                        camera_entropy=score(lambda c, l: PseudoLabels(l, None, None).camera_entropy(c).mean(), camids))
     if previous is not None: report |= dict(churn=churn(labels, np.asarray(previous)))
     return report
 
 def _purity(truth, labels): return contingency_matrix(truth, labels).max(axis=0).sum() / len(labels)
+
+# %% ../nbs/05_labels.ipynb #ba271e7b
+class CameraBias(NamedTuple):
+    "How many of the nearest neighbours the own camera takes, and how many it would take by chance."
+    share: float   # of an image's k nearest that show its own camera, in [0, 1], mean over images
+    chance: float  # the same for neighbours drawn at random
+    k: int         # neighbours counted
+
+    def __str__(self): return f'own camera: {self.share:.0%} of the {self.k} nearest, by chance {self.chance:.0%}'
+
+def camera_bias(x,            # (N, D) embeddings, or a map (N, 2)
+                camids,       # (N,) cameras; negative = unknown: those images are left out
+                k: int = 15,  # neighbours of each image, itself not counted; cut to what there is
+                ) -> CameraBias:
+    "Share of each image's nearest neighbours that its own camera took, against chance; ValueError where fewer than two images have a camera."
+    x, camids = as_numpy(x), as_numpy(camids)
+    if camids.shape != (len(x),): raise ValueError(f'camids must hold one camera for each of the {len(x)} rows of x; got shape {camids.shape}')
+    known = camids >= 0
+    n = np.count_nonzero(known)
+    if n < 2: raise ValueError(f'camera bias needs at least two images with a known camera; got {n}')
+    k, cams = min(gate.whole('k', k, 1), n - 1), camids[known]
+    nearest = NearestNeighbors(n_neighbors=k).fit(x[known]).kneighbors(return_distance=False)   # (n, k), the image itself left out
+    cameras, sizes = np.unique(cams, return_counts=True)
+    chance = (sizes[np.searchsorted(cameras, cams)] - 1) / (n - 1)
+    return CameraBias(float((cams[nearest] == cams[:, None]).mean()), float(chance.mean()), k)

@@ -9,7 +9,7 @@ from sklearn.cluster import DBSCAN
 
 from ccc import labels
 from ccc.data import toy_embeddings
-from ccc.labels import PseudoLabels, churn, diagnose, drop_small_clusters, make_labels, within
+from ccc.labels import PseudoLabels, camera_bias, churn, diagnose, drop_small_clusters, make_labels, within
 from ccc.memory import ClusterMemory
 from ccc.neighbors import jaccard_distance, to_dense
 
@@ -122,12 +122,13 @@ def test_a_diagnosis_does_not_know_names_or_order(seed, n):
     rng = np.random.default_rng(seed)
     labels, before, pids, camids = drawn_labels(rng, n), drawn_labels(rng, n), rng.integers(0, 5, n), rng.integers(0, 4, n)
     told, order = diagnose(labels, pids, camids, before), rng.permutation(n)
+    by_size = dict(ari=0, ami=0, camera_ami=0)                       # ARI counts pairs, and AMI expects less agreement by chance of more images
     same_report(told, diagnose(renamed(rng, labels), pids, camids, before))
     same_report(told, diagnose(labels, pids, camids, renamed(rng, before)))
     same_report(told, diagnose(labels, 7 - pids, 90 + 3 * camids, before))
     same_report(told, diagnose(labels[order], pids[order], camids[order], before[order]))
-    same_report(told | dict(n_outliers=2 * told['n_outliers'], largest=2 * told['largest'], median_size=2 * told['median_size'], ari=0),
-                diagnose(*(np.tile(a, 2) for a in (labels, pids, camids, before))) | dict(ari=0))       # every image twice; ARI counts pairs
+    same_report(told | dict(n_outliers=2 * told['n_outliers'], largest=2 * told['largest'], median_size=2 * told['median_size'], **by_size),
+                diagnose(*(np.tile(a, 2) for a in (labels, pids, camids, before))) | by_size)       # every image twice
 
 
 @settings(max_examples=100)
@@ -218,3 +219,43 @@ def test_groups_far_apart_are_found_in_any_order(seed, k, members, method):
     groups = rng.permutation(np.repeat(np.arange(k), members + 1))
     x = (np.eye(8)[groups] + 1e-3 * rng.normal(size=(len(groups), 8))).astype(np.float32)
     assert same_partition(make_labels(x, method, 2, n_clusters=k, k1=members, k2=1, random_state=seed, hdc_options=dict(outliers=False)).labels, groups)
+
+
+@settings(max_examples=60)
+@given(seed=seeds, n=sizes)
+def test_camera_bias_is_that_of_a_loop(seed, n):
+    "Its slow twin sorts all distances of every image; images of unknown cameras are as if they were not there."
+    rng = np.random.default_rng(seed)
+    x, camids, k = rng.normal(size=(n, 3)), rng.integers(-1, 4, n), int(rng.integers(1, 20))
+    x, c = (x, camids) if (camids >= 0).sum() > 1 else (x, np.abs(camids))
+    known = np.flatnonzero(c >= 0)
+    if len(known) < 2: return
+    shares, chances = [], []
+    for i in known:
+        others = np.array([j for j in known if j != i])
+        near = others[((x[others] - x[i]) ** 2).sum(1).argsort()[:k]]
+        shares.append((c[near] == c[i]).mean())
+        chances.append((c[others] == c[i]).mean())
+    bias = camera_bias(x, c, k)
+    np.testing.assert_allclose(bias[:2], (np.mean(shares), np.mean(chances)))
+    assert bias.k == min(k, len(known) - 1) and camera_bias(x[known], c[known] + 7, k) == bias
+
+
+def test_camera_bias_of_random_neighbourhoods_is_chance():
+    rng = np.random.default_rng(0)
+    bias = camera_bias(rng.normal(size=(3000, 8)), rng.choice(3, 3000, p=[.7, .2, .1]))
+    assert bias.chance == pytest.approx(.54, abs=.02) and bias.share == pytest.approx(bias.chance, abs=.02)
+    assert str(bias._replace(share=.431, chance=.166)) == 'own camera: 43% of the 15 nearest, by chance 17%'
+
+
+@settings(max_examples=40)
+@given(seed=seeds, n=sizes)
+def test_agreement_above_chance_is_that_of_the_formula(seed, n):
+    "AMI = (MI - E) / (mean entropy - E), with E the mean over clusters dealt out at random."
+    from sklearn.metrics import mutual_info_score
+    rng = np.random.default_rng(seed)
+    labels, pids = rng.integers(0, 3, n), rng.integers(0, 3, n)
+    top = (mutual_info_score(labels, labels) + mutual_info_score(pids, pids)) / 2
+    dealt = [mutual_info_score(pids, rng.permutation(labels)) for _ in range(400)]
+    if top - np.mean(dealt) < .2: return
+    assert diagnose(labels, pids)['ami'] == pytest.approx((mutual_info_score(pids, labels) - np.mean(dealt)) / (top - np.mean(dealt)), abs=.12)

@@ -280,7 +280,8 @@ def _film_maps(history):
     labels, sure = history.labels[:, at], history.confidence[:, at]
     low, high = np.percentile(sure, [2, 98])
     steps = mpl.colormaps['viridis'](np.round(np.clip((sure - low) / max(high - low, 1e-9), 0, 1) * 15) / 15)[..., :3]    # 16 shades: fewer bytes
-    maps = [('clusters', cluster_colors(labels, history.maps)[labels])]
+    colors = cluster_colors(labels, history.maps)
+    maps = [('clusters', [_paint(l, colors) for l in labels])]
     if history.camids is not None: maps.append(('cameras', [_paint(history.camids[at], np.array([mpl.colors.to_rgb(c) for c in _COLOURS]))] * n))
     if history.pids is not None:
         people, who = np.unique(history.pids[at], return_inverse=True)
@@ -291,7 +292,7 @@ def _film_maps(history):
 def _paint(groups, colors):
     "Rows of `colors`, over and over, by group; pale for the unknown."
     from matplotlib.colors import to_rgb
-    return np.where((groups < 0)[:, None], to_rgb(_PALE), colors[groups % len(colors)])
+    return np.where((groups < 0)[:, None], to_rgb(_PALE), colors[groups % len(colors)] if len(colors) else to_rgb(_PALE))
 
 def _film_numbers(history, signs, e):
     "Names and values of what is written beside epoch `e`'s maps."

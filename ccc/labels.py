@@ -224,7 +224,7 @@ def camera_bias(x,            # (N, D) embeddings, or a map (N, 2)
                 k: int = 15,  # neighbours of each image, itself not counted; cut to what there is
                 ) -> CameraBias:
     "Share of each image's nearest neighbours that its own camera took, against chance; ValueError where fewer than two images have a camera."
-    x, camids = as_numpy(x), as_numpy(camids)
+    x, camids = np.asarray(as_numpy(x)), np.asarray(as_numpy(camids))
     if camids.shape != (len(x),): raise ValueError(f'camids must hold one camera for each of the {len(x)} rows of x; got shape {camids.shape}')
     known = camids >= 0
     n = np.count_nonzero(known)

@@ -65,7 +65,7 @@ def test_flow_counts_every_image_once():
 
 def test_a_sample_is_said_in_the_animation_and_the_view(tmp_path):
     h = evolution.read_history(write(tmp_path))
-    assert evolution._sample_note(h) == '\n20 of 50 images, drawn at random'
+    assert evolution._sample_note(h) == '20 of 50 images, drawn at random'
     view = widgets.Explorer(h, max_points=10)
     assert '10 of 50 images, drawn at random' in view.text.value and len(view.figure.data[0].x) == 10
     view.show(epoch=0, right='camera')
@@ -113,3 +113,52 @@ def test_chd_of_one_image_and_one_camera(rule):
     d, s, h = confidence.harmonic_scores(z, [0], np.eye(3, dtype=np.float32)[0])
     assert np.allclose([d[0], s[0], h[0]], [0, 2, 0])
     drawn(confidence.plot_chd(z, [0], np.eye(3)[1]))
+
+
+def test_every_picture_is_scaled_to_its_own_cloud(tmp_path):
+    "The first cloud is a fifth as wide as the last, and as wide on the film; dots keep the colour of their cluster."
+    run = write(tmp_path)
+    for e, wide in enumerate((1, 3, 5)):
+        arrays = dict(np.load(run/f'labels/epoch_{e:03d}.npz'))
+        np.savez(run/f'labels/epoch_{e:03d}.npz', **arrays | dict(map=wide * arrays['map'] + 100 * e))
+    h = evolution.read_history(run)
+    film, colours = evolution._Film(h, 720), {}
+    for moment, _ in evolution._moments(h, 2, .7):
+        film.draw(*moment)
+        ax, crosses, dots = film.clouds[0]
+        at = np.concatenate([crosses.get_offsets(), dots.get_offsets()])
+        (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
+        assert .9 < max(np.ptp(at[:, 0]) / (right - left), np.ptp(at[:, 1]) / (top - bottom)) < 1
+        assert left < at[:, 0].min() and at[:, 0].max() < right and bottom < at[:, 1].min() and at[:, 1].max() < top
+        shown = h.labels[moment[0], h.index]
+        for j, colour in zip(shown[shown >= 0], dots.get_facecolors()): assert tuple(colour) == colours.setdefault(j, tuple(colour))
+    assert len(set(colours.values())) == len(colours)
+
+
+def test_the_numbers_beside_the_film(tmp_path):
+    import json
+    h = evolution.read_history(write(tmp_path), SimpleNamespace(pids=np.arange(50) % 30, camids=np.arange(50) % 12))
+    h.rows[:] = [json.loads('{"epoch": 0, "mAP": null}'), dict(epoch=2, mAP=.1234)]
+    film = evolution._Film(h, 720)
+    names, last = [n for n, _ in film.numbers[0]], dict(film.numbers[2])
+    assert names == ['epoch', 'clusters', 'outliers', 'AMI, people', 'AMI, cameras', 'own camera, 15 nearest', 'the same by chance']
+    assert last['epoch'] == '3 of 3' and last['mAP'] == '12.3%' and last['outliers'] == str((h.labels[2] < 0).sum())
+
+
+@pytest.mark.parametrize('kind', ['png', 'gif', 'webp'])
+def test_a_film_is_720_pixels_wide_in_every_kind(tmp_path, kind):
+    h = evolution.read_history(write(tmp_path, epochs=2))
+    played = Image.open(evolution.save_film(h, tmp_path/f'film.{kind}', between=1, width=720))
+    assert played.size[0] == 720 and played.n_frames == 3 and played.format == kind.upper()
+
+
+def test_a_video_needs_ffmpeg_and_says_so(tmp_path, monkeypatch):
+    from matplotlib.animation import FFMpegWriter
+    h = evolution.read_history(write(tmp_path, epochs=2))
+    if FFMpegWriter.isAvailable():
+        for name in ('film.mp4', 'film.webm'): assert evolution.save_film(h, tmp_path/name, between=1, width=361).stat().st_size > 1000
+    monkeypatch.setattr(FFMpegWriter, 'isAvailable', classmethod(lambda cls: False))
+    with pytest.raises(FileNotFoundError, match='other.mp4 needs the program ffmpeg, which is not installed here'):
+        evolution.save_film(h, tmp_path/'other.mp4')
+    with pytest.raises(ValueError, match="kind must be 'png', 'gif' or 'webp'; got 'mpg'"):
+        evolution.animate_evolution(h, kind='mpg')

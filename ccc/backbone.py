@@ -52,8 +52,11 @@ class InstanceBatchNorm(nn.Module):
         self.BN = nn.BatchNorm2d(channels - self.half)
 
     def forward(self, x):
+        last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        layout = torch.channels_last if last else torch.contiguous_format     # as it came: convolutions in channels-last would turn it back at each block
         a, b = x.split([self.half, x.shape[1] - self.half], 1)
-        return torch.cat([self.IN(a.contiguous()), self.BN(b.contiguous())], 1)  # (B, channels, h, w)
+        a, b = self.IN(a.contiguous()), self.BN(b.contiguous(memory_format=layout))
+        return torch.cat([a.contiguous(memory_format=layout), b], 1)  # (B, channels, h, w)
 
 # %% ../nbs/02_backbone.ipynb #67e588a4
 def use_instance_norm(

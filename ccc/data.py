@@ -449,7 +449,7 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def normalize(images):  # uint8 (B, 3, H, W), any device; gives float32 (B, 3, H, W)
     "To float32 with the mean and deviation of ImageNet."
     import torch
-    stat = lambda v: torch.tensor(v, device=images.device).view(1, 3, 1, 1)
+    stat = lambda v: torch.tensor(v).to(images.device, non_blocking=True).view(1, 3, 1, 1)      # the host does not wait for the device
     return images.float().div_(255).sub_(stat(_MEAN)).div_(stat(_STD))  # in place: a batch is 100 MB, and memory is what this waits for
 
 # %% ../nbs/01_data.ipynb #36533dd5
@@ -499,7 +499,7 @@ def _apply(images, a):
     out = normalize(windows[torch.arange(n, device=device), :, to(a.top), to(a.left)])  # (B, 3, H, W)
     ys, xs, (y, x, h, w) = torch.arange(height, device=device), torch.arange(width, device=device), (t[:, None] for t in to(a.box).unbind(1))
     inside = ((ys >= y) & (ys < y + h))[:, None, :, None] & ((xs >= x) & (xs < x + w))[:, None, None, :]  # (B, 1, H, W)
-    return torch.where(inside, torch.tensor(_MEAN, device=device).view(1, 3, 1, 1), out)
+    return torch.where(inside, to(torch.tensor(_MEAN)).view(1, 3, 1, 1), out)
 
 # %% ../nbs/01_data.ipynb #2564b9e1
 def apply_augmentation(images,  # uint8 (B, 3, H, W)

@@ -63,17 +63,21 @@ def _lowest(score, group, n):
     at = torch.where(score == least[group], at, len(score))
     return torch.full((n,), len(score), device=score.device).scatter_reduce(0, group, at, 'amin')
 
+def _sent(values, z):
+    "Numbers from where they are to the device of `z`; the host does not wait for it."
+    return values.to(z.device, non_blocking=True)
+
 def _centres(z, group, n):
     "Unit mean (n, D) of the rows of `z` in each group. An embedding bag adds each group's rows one after the other: the same sum every time."
     order = group.argsort(stable=True)
-    starts = torch.searchsorted(group[order], torch.arange(n, device=z.device))
-    return F.normalize(F.embedding_bag(order, z, starts, mode='mean'), dim=1)
+    starts = torch.searchsorted(group[order], torch.arange(n, device=group.device))
+    return F.normalize(F.embedding_bag(_sent(order, z), z, _sent(starts, z), mode='mean'), dim=1)
 
 # %% ../nbs/06_memory.ipynb #200d0dcb
 def _harmonic(z, like, pair, n):
     "CHD score (B,): harmonic mean (without its factor 2) of discrepancy 1 - x·c and typicality x·z + 1 of its camera's centre."
     d = (1 - like).clamp(min=0)                                       # rounding can leave -1e-7, and d + s must not be 0 by cancellation
-    s = ((z * _centres(z, pair, n)[pair]).sum(1) + 1).clamp(min=0)
+    s = ((z * _centres(z, pair, n)[_sent(pair, z)]).sum(1) + 1).clamp(min=0)
     return torch.where(d + s > 0, d * s / (d + s), 0)
 
 # %% ../nbs/06_memory.ipynb #5413b6e5
@@ -81,28 +85,28 @@ RULES = ('cm', 'cm_hard', 'cm_camera', 'cm_hard_camera', 'tccl_camera', 'hd_came
 
 # %% ../nbs/06_memory.ipynb #2f09e115
 def pick_updates(z,          # embeddings (B, D), unit norm
-                 y,          # their clusters (B,) int64 in [0, K)
-                 camids,     # their cameras (B,) int64
+                 y,          # their clusters (B,) int64 in [0, K), on the device of z or in main memory
+                 camids,     # their cameras (B,) int64, where y is
                  centroids,  # memory before this batch (K, D)
                  rule: str,  # one of `RULES`
-                ) -> tuple:  # vectors (U, D) in the order of their turn; cluster each goes to (U,); row of z it is (U,), -1 = a centre
+                ) -> tuple:  # vectors (U, D) in the order of their turn; cluster each goes to (U,), where y is; row of z it is (U,), -1 = a centre
     "What updates the memory under `rule`: CHD of arXiv 2408.09464 (`hd_camera`), or one of the five other rules."
-    like = (z * centroids[y]).sum(1)                                  # (B,)
-    cluster, first_of_cluster = _by_appearance(y)
+    cluster, first_of_cluster = _by_appearance(y)                     # groups depend on y and camids alone: they are made where those are
     cameras, cam = torch.unique(camids, return_inverse=True)
     pair, first = _by_appearance(y * len(cameras) + cam)              # (cluster, camera)
     n, m = len(first_of_cluster), len(first)
+    like = (z * centroids[_sent(y, z)]).sum(1)                        # (B,)
     if rule == 'tccl_camera':
         centres = _centres(z, pair, m)
-        best = _lowest((centres * centroids[y[first]]).sum(1), cluster[first], n)
-        return centres[best], y[first[best]], torch.full_like(best, -1)
-    if rule == 'cm':               rows = torch.arange(len(y), device=y.device)
-    elif rule == 'cm_hard':        rows = _lowest(like, cluster, n)
-    elif rule == 'cm_camera':      rows = first
-    elif rule == 'cm_hard_camera': rows = _lowest(like, pair, m)
-    elif rule == 'hd_camera':      rows = _lowest(-_harmonic(z, like, pair, m), cluster, n)
+        best = _lowest((centres * centroids[_sent(y[first], z)]).sum(1), _sent(cluster[first], z), n)
+        return centres[best], y[first_of_cluster], torch.full_like(best, -1)
+    if rule == 'cm':               rows, turns = torch.arange(len(y), device=z.device), y
+    elif rule == 'cm_hard':        rows, turns = _lowest(like, _sent(cluster, z), n), y[first_of_cluster]
+    elif rule == 'cm_camera':      rows, turns = _sent(first, z), y[first]
+    elif rule == 'cm_hard_camera': rows, turns = _lowest(like, _sent(pair, z), m), y[first]
+    elif rule == 'hd_camera':      rows, turns = _lowest(-_harmonic(z, like, pair, m), _sent(cluster, z), n), y[first_of_cluster]
     else: raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
-    return z[rows], y[rows], rows
+    return z[rows], turns, rows
 
 # %% ../nbs/06_memory.ipynb #da2a1b6a
 def _in_turn(centroids, vectors, clusters, momentum):
@@ -110,21 +114,24 @@ def _in_turn(centroids, vectors, clusters, momentum):
     order = clusters.argsort(stable=True)                             # clusters together, turns kept
     ranked = clusters[order]
     turn = torch.arange(len(order), device=order.device) - torch.searchsorted(ranked, ranked)
-    sizes = torch.bincount(turn).tolist()                             # how many clusters have an n-th update: the one transfer to the host
+    sizes = torch.bincount(turn).tolist()                             # how many clusters have an n-th update
     for rows in order[turn.argsort(stable=True)].split(sizes):
-        j = clusters[rows]                                            # all different
-        centroids[j] = F.normalize(momentum * centroids[j] + (1 - momentum) * vectors[rows], dim=1)
+        j = _sent(clusters[rows], centroids)                          # all different
+        centroids[j] = F.normalize(momentum * centroids[j] + (1 - momentum) * vectors[_sent(rows, centroids)], dim=1)
 
 # %% ../nbs/06_memory.ipynb #288b558f
-def _checked(x, y, camids, centroids):
-    "A batch as tensors on x's device: embeddings (B, D), clusters and cameras (B,) int64; anything else is a ValueError."
+def _checked(x, y, camids, centroids, values=True):
+    "A batch as tensors: embeddings (B, D), clusters and cameras (B,) int64 on x's device or in main memory; anything else is a ValueError. `values`: those of x, too."
     if not isinstance(x, torch.Tensor) or not x.is_floating_point(): raise ValueError(f"x must be a tensor of floats, got {getattr(x, 'dtype', type(x).__name__)}")
     n, (k, d) = len(x) if x.ndim else 0, centroids.shape
     if x.ndim != 2 or not n or x.shape[1] != d: raise ValueError(f"x must be (B, {d}) with B > 0, got shape {tuple(x.shape)}")
     if x.device != centroids.device: raise ValueError(f"x must be on the memory's device {centroids.device}, got {x.device}")
-    y = _integers('y', y, n, x.device)
-    camids = torch.zeros_like(y) if camids is None else _integers('camids', camids, n, x.device)
-    nan, large, out = torch.stack([~x.isfinite().all(), ~x.detach().to(centroids.dtype).norm(dim=1).isfinite().all(), ((y < 0) | (y >= k)).any()]).tolist()
+    y = _integers('y', y, n)
+    if y.device.type != 'cpu': y = y.to(x.device)
+    camids = torch.zeros_like(y) if camids is None else _integers('camids', camids, n, y.device)
+    out = ((y < 0) | (y >= k)).any()
+    if values: nan, large, out = torch.stack([~x.isfinite().all(), ~x.detach().to(centroids.dtype).norm(dim=1).isfinite().all(), out.to(x.device)]).tolist()
+    else: nan, large, out = False, False, bool(out)
     if large and not nan: raise ValueError(f"x must have norms that are finite in {centroids.dtype}, got values up to {x.detach().abs().max():g}")
     if nan: raise ValueError(f"x must be finite, got {int((~x.isfinite()).any(1).sum())} of {n} rows with NaN or infinity")
     if out: raise ValueError(f"y must be in [0, {k}), got {int(y.min())} to {int(y.max())}; outliers (-1) do not belong in a batch")
@@ -145,6 +152,7 @@ class ClusterMemory(nn.Module):
                  momentum: float = 0.1,      # share of the old centroid kept by an update, in [0, 1]
                  rule: str = 'hd_camera',    # what updates a centroid, one of `RULES`
                  camera_weight: bool = True, # weight the loss by camera information entropy
+                 check: bool = True,         # look at the values of each batch, for which the host waits; False: embeddings that are not finite give a loss of NaN
                 ):
         super().__init__()
         try: centroids = torch.as_tensor(centroids).detach()
@@ -157,8 +165,9 @@ class ClusterMemory(nn.Module):
         if gate.number('temperature', temperature, 0, 1e30) < 1e-30: raise ValueError(f"temperature must be above 0, got {temperature}")
         gate.number('momentum', momentum, 0, 1)
         gate.switch('camera_weight', camera_weight)
+        gate.switch('check', check)
         if rule not in RULES: raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
-        self.temperature, self.momentum, self.rule, self.camera_weight = temperature, momentum, rule, camera_weight
+        self.temperature, self.momentum, self.rule, self.camera_weight, self.check = temperature, momentum, rule, camera_weight, check
         self.register_buffer('centroids', F.normalize(centroids, dim=1))
 
     def forward(self,
@@ -167,11 +176,12 @@ class ClusterMemory(nn.Module):
                 camids=None,  # their cameras (B,), any integer type; None: one camera
                ):             # loss, a scalar; the memory is not written
         "Contrastive loss of the batch against the memory. Wrong shapes, y outside [0, K), NaN: ValueError."
-        x, y, camids = _checked(x, y, camids, self.centroids)
+        x, y, camids = _checked(x, y, camids, self.centroids, self.check)
         with torch.autocast(x.device.type, enabled=False):                # logits reach 1 / temperature = 20: bfloat16 would round them to 0.1
             z = F.normalize(x.to(self.centroids.dtype), dim=1)
-            losses = F.cross_entropy(z @ self.centroids.T / self.temperature, y, reduction='none')  # (B, K) -> (B,)
-        return (losses * _loss_weights(y, camids)).mean() if self.camera_weight else losses.mean()
+            losses = F.cross_entropy(z @ self.centroids.T / self.temperature, _sent(y, x), reduction='none')  # (B, K) -> (B,)
+        if not self.check: losses = losses + 0 * x.detach().to(losses.dtype).norm(dim=1)     # NaN where a norm is not finite
+        return (losses * _sent(_loss_weights(y, camids), x)).mean() if self.camera_weight else losses.mean()
 
     @torch.no_grad()
     def update(self,
@@ -180,7 +190,7 @@ class ClusterMemory(nn.Module):
                camids=None,  # cameras (B,); None: one camera
               ):
         "Moves the centroids of the clusters in the batch, in place; call it after `backward`. Same errors as the loss."
-        x, y, camids = _checked(x, y, camids, self.centroids)
+        x, y, camids = _checked(x, y, camids, self.centroids, self.check)
         with torch.autocast(x.device.type, enabled=False):
             z = F.normalize(x.to(self.centroids.dtype), dim=1)
             vectors, clusters, _ = pick_updates(z, y, camids, self.centroids, self.rule)

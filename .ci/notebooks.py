@@ -73,6 +73,8 @@ def readme(notebook='nbs/index.ipynb', out='README.md', images='nbs/images'):
     for path, data in resources['outputs'].items():
         Path(path).parent.mkdir(exist_ok=True)
         Path(path).write_bytes(data)
+    for cell, alt in ((k, re.search(r'#\|\s*fig-alt:\s*"(.+)"', c.source)) for k, c in enumerate(nb.cells)):
+        if alt: text = text.replace(f'![png]({images}/readme_{cell}_', f'![{alt[1]}]({images}/readme_{cell}_')
     # links in the index are relative to nbs/, in the README to the top
     text = re.sub(r'\]\(([\w/]+\.ipynb)\)', r'](nbs/\1)', text)
     Path(out).write_text(f'<!-- Generated from {notebook} by .ci/notebooks.py: edit that. -->\n{text.strip()}\n')

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['umap_map', 'sample_points', 'cluster_colors', 'cluster_markers', 'draw_clusters', 'plot_umap', 'plot_confidence',
-           'plot_camera_entropy', 'follow_clusters', 'plot_evolution', 'show_clusters', 'show_ranking',
-           'hardest_errors']
+           'plot_camera_entropy', 'follow_clusters', 'plot_evolution', 'show_clusters', 'plot_atlas', 'run_atlas',
+           'show_ranking', 'hardest_errors']
 
 # %% ../nbs/00_viz.ipynb #3af5b9c9
 import json
@@ -270,8 +270,40 @@ def _draw_outliers(ax, xy, size=16):
     "Points without a cluster: small grey crosses, under everything else."
     if len(xy): ax.scatter(*xy.T, s=.75 * size, c=_GREY, marker='x', linewidths=.8, zorder=1)
 
+def _dot_size(n):
+    "Area of a dot on a map of `n` points."
+    return float(np.clip(7000 / max(n, 1), 5, 16))
+
+def _draw_dots(ax, xy, groups, colours, markers, size=16):
+    "Dots in the colour and shape of their group (arrays by group number); values below 0 are drawn as outliers. One call a shape, as there may be hundreds of groups."
+    _draw_outliers(ax, xy[groups < 0], size)
+    shape = np.where(groups < 0, '', np.asarray(markers)[groups]) if len(markers) else np.full(len(groups), '')
+    for marker in _MARKERS:
+        at = shape == marker
+        if at.any(): ax.scatter(*xy[at].T, s=size, c=colours[groups[at]], marker=marker, linewidths=.2, edgecolors='white', zorder=2)
+
+def _draw_hulls(ax, xy, groups, ids, colours, share=.9):
+    "A shape behind each of the groups `ids`: the hull of the `share` of its points that lie nearest its middle; none where they lie on a line."
+    from scipy.spatial import ConvexHull, QhullError
+    for j in ids:
+        at = xy[groups == j]
+        at = at[((at - np.median(at, 0)) ** 2).sum(1).argsort()[:max(3, round(share * len(at)))]]
+        if len(at) < 3: continue
+        try: hull = at[ConvexHull(at).vertices]
+        except QhullError: continue
+        ax.fill(*hull.T, facecolor=(*colours[j], .14), edgecolor=(*colours[j], .8), linewidth=.8, zorder=1.5)
+
+def _number_groups(ax, xy, groups, ids, names):
+    "Writes the names of the groups `ids` at their middles."
+    import matplotlib.patheffects as pe
+    for j in ids:
+        at = xy[groups == j]
+        middle = at[((at - np.median(at, 0)) ** 2).sum(1).argmin()]           # a member: groups may lie in several pieces
+        ax.annotate(str(names[j]), middle, (0, 3), textcoords='offset points', fontsize=8, ha='center', zorder=3,
+                    path_effects=[pe.withStroke(linewidth=2, foreground='white')])
+
 def _draw_groups(ax, xy, groups, size=16, coloured=None):
-    "One colour and marker for each value of `groups`, or only for those in `coloured`, the others alike and pale; values below 0 are drawn as outliers."
+    "For a few groups: one colour and marker for each value of `groups`, or only for those in `coloured`, the others alike and pale; values below 0 are drawn as outliers."
     _draw_outliers(ax, xy[groups < 0], size)
     ids = np.unique(groups[groups >= 0])
     pale = (groups >= 0) & ~np.isin(groups, ids if coloured is None else coloured)
@@ -279,15 +311,6 @@ def _draw_groups(ax, xy, groups, size=16, coloured=None):
     for j in ids if coloured is None else np.intersect1d(ids, coloured):
         colour, marker = _style(int(j))
         ax.scatter(*xy[groups == j].T, s=size, c=colour, marker=marker, linewidths=.3, edgecolors='white', zorder=2, label=str(j))
-
-def _number_groups(ax, xy, groups, ids):
-    "Writes the number of each of the groups `ids` at its middle."
-    import matplotlib.patheffects as pe
-    for j in ids:
-        at = xy[groups == j]
-        middle = at[((at - np.median(at, 0)) ** 2).sum(1).argmin()]           # a member: groups may lie in several pieces
-        ax.annotate(str(j), middle, (0, 3), textcoords='offset points', fontsize=8, ha='center', zorder=3,
-                    path_effects=[pe.withStroke(linewidth=2, foreground='white')])
 
 # %% ../nbs/00_viz.ipynb #195e3649
 def _bare(ax):
@@ -300,11 +323,20 @@ def _bare(ax):
 def draw_clusters(ax,     # matplotlib axes
                   xy,     # map (N, 2)
                   groups,  # (N,) int, below 0 = outlier
-                  title=''):  # of the axes
-    "One map of clusters on axes of your own: colour, shape and number (of more than 24 clusters, for the 12 largest only), outliers grey underneath."
-    coloured = _coloured(groups)
-    _draw_groups(ax, xy, groups, coloured=coloured)
-    _number_groups(ax, xy, groups, coloured)
+                  title='',  # of the axes
+                  *, colors=None,  # (K, 3) by group number, as of `cluster_colors`; None: those of this map
+                  markers=None,    # K shapes, as of `cluster_markers`; None: those of this map
+                  numbers: int = 12):  # of more than 24 groups, so many get a hull and their number: the largest
+    "One map of clusters on axes of your own: each in its colour and shape, the largest with hull and number, outliers as grey crosses underneath."
+    groups, xy = _array(groups), _array(xy)
+    ids = np.unique(groups[groups >= 0])
+    place = np.where(groups < 0, -1, np.searchsorted(ids, groups))            # numbers may be any; places are 0..K-1
+    colours = cluster_colors(place, xy) if colors is None else np.asarray(colors)[ids]
+    shapes = cluster_markers(place, xy) if markers is None else [markers[j] for j in ids]
+    _draw_dots(ax, xy, place, colours, shapes, _dot_size(len(xy)))
+    largest = _coloured(place, largest=numbers)
+    _draw_hulls(ax, xy, place, largest, colours)
+    _number_groups(ax, xy, place, largest, ids)
     _bare(ax)
     ax.set_title(title, fontsize=12 if len(title) < 40 else 9)
 
@@ -314,31 +346,56 @@ def _count(n, one, many=None):
     return f'{n:,} {one if n == 1 else many or one + "s"}'
 
 def _few(groups):
-    "' (12 largest in colour)' where not every group drawn has one."
+    "' (12 largest in colour)' where a picture draws only those apart."
     shown = len(_coloured(groups))
     return f' ({shown} largest in colour)' if shown < len(np.unique(groups[groups >= 0])) else ''
 
-def _cluster_title(groups, drawn):
+def _cluster_title(groups):
     "'12 clusters, 24 outliers (grey)': of all points, drawn or not."
     out = int((groups < 0).sum())
-    return _count(len(np.unique(groups[groups >= 0])), 'cluster') + _few(drawn) + (f', {_count(out, "outlier")} (grey)' if out else '')
+    return _count(len(np.unique(groups[groups >= 0])), 'cluster') + (f', {_count(out, "outlier")} (grey crosses)' if out else '')
 
 def _panel_confidence(ax, xy, labels, confidence):
     "Confidence on a sequential scale; the least sure members lie on top, as they are the ones to look for."
-    inside = np.ones(len(xy), bool) if labels is None else labels >= 0
-    _draw_outliers(ax, xy[~inside])
+    inside, size = np.ones(len(xy), bool) if labels is None else labels >= 0, _dot_size(len(xy))
+    _draw_outliers(ax, xy[~inside], size)
     order = np.flatnonzero(inside)[np.argsort(-confidence[inside], kind='stable')]
     low, high = np.percentile(confidence[order], [2, 98]) if len(order) else (0, 1)      # a few extremes must not take the whole scale
-    dots = ax.scatter(*xy[order].T, c=confidence[order], vmin=low, vmax=high, s=16, cmap='viridis', linewidths=.2, edgecolors='#555555', zorder=2)
+    dots = ax.scatter(*xy[order].T, c=confidence[order], vmin=low, vmax=high, s=size, cmap='viridis', linewidths=.2, edgecolors='#555555', zorder=2)
     if len(order): ax.figure.colorbar(dots, ax=ax, fraction=.045, pad=.02, extend='both')
     ax.set_title('confidence' + ('' if inside.all() else ' (outliers grey)'))
 
+def _draw_camera(ax, xy, mine, size):
+    "The points `mine` (N,) bool in blue on all others, pale."
+    ax.scatter(*xy[~mine].T, s=.6 * size, c='#d8d8d8', linewidths=0, zorder=1)
+    ax.scatter(*xy[mine].T, s=size, c=_COLOURS[0], linewidths=0, zorder=2)
+
 def _panel_cameras(ax, xy, camids):
-    "Cameras by colour and shape, with a legend underneath."
-    _draw_groups(ax, xy, camids)
-    ax.legend(title='camera', ncols=10, fontsize=8, title_fontsize=8, loc='upper center', bbox_to_anchor=(.5, -.01), frameon=False,
-              handletextpad=0, columnspacing=.6)
-    ax.set_title(_count(len(np.unique(camids)), 'camera'))
+    "The same map once for each camera, its images blue on those of all others: six colours at once are confetti."
+    cameras = np.unique(camids[camids >= 0])
+    columns = int(np.ceil(np.sqrt(max(1, len(cameras)))))
+    unit = (xy - xy.min(0)) / max(np.ptp(xy, axis=0).max(), 1e-9)
+    step = unit.max(0) + [.12, .2]
+    size = .7 * _dot_size(len(xy)) / columns ** .5
+    for k, camera in enumerate(cameras):
+        at = unit + step * [k % columns, -(k // columns)]
+        mine = camids == camera
+        _draw_camera(ax, at, mine, size)
+        ax.text((at[:, 0].min() + at[:, 0].max()) / 2, at[:, 1].max() + .03, f'{camera}: {mine.mean():.0%}', fontsize=8, ha='center', va='bottom')
+    ax.set_title(_count(len(cameras), 'camera') + ', one at a time: share of images')
+
+# %% ../nbs/00_viz.ipynb #53e50c82
+def _follow(labels, before):
+    "`labels` renumbered so that each cluster has the number of the cluster of `before` that it shares most points with."
+    from scipy.optimize import linear_sum_assignment
+    both, k = (labels >= 0) & (before >= 0), int(labels.max(initial=-1)) + 1
+    shared = np.zeros((k, int(before.max(initial=-1)) + 1), np.int64)
+    np.add.at(shared, (labels[both], before[both]), 1)
+    rows, cols = linear_sum_assignment(-shared)
+    number, kept = np.full(k, -1), shared[rows, cols] > 0
+    number[rows[kept]] = cols[kept]
+    number[number < 0] = shared.shape[1] + np.arange((number < 0).sum())
+    return np.where(labels < 0, -1, number[labels] if k else -1)
 
 # %% ../nbs/00_viz.ipynb #d3855447
 def _figure(n_panels, width=4.2, height=4.0):
@@ -346,18 +403,36 @@ def _figure(n_panels, width=4.2, height=4.0):
     import matplotlib.pyplot as plt
     ncols = 2 if n_panels == 4 else min(n_panels, 3)
     width, height = (width, height) if ncols < 3 else (3.6, 3.4)        # three in a row must still be read at the width of a page
-    fig, axes = plt.subplots(-(-n_panels // ncols), ncols, figsize=(width * ncols, height * -(-n_panels // ncols)), squeeze=False, layout='constrained')
+    fig, axes = plt.subplots(-(-n_panels // ncols), ncols, figsize=(width * ncols, height * -(-n_panels // ncols)), squeeze=False, layout='constrained', dpi=_dpi())
     plt.close(fig)
     return fig, list(axes.flat)
+
+def _dpi():
+    "Dots per inch of a figure: at least 110, so that small letters can be read where it is stored."
+    import matplotlib as mpl
+    return max(110, mpl.rcParams['figure.dpi'])
+
+def _draw_people(ax, xy, pids, labels):
+    "True identities; where there are clusters, an identity has the colour and shape of the cluster that shares most images with it."
+    ids, place = np.unique(pids, return_inverse=True)
+    place = np.where(pids < 0, -1, place - (ids < 0).sum())
+    if labels is not None and (labels >= 0).any():
+        followed = np.stack([_follow(place, labels), labels])
+        number = np.zeros(int(place.max(initial=-1)) + 1, int)
+        number[place[place >= 0]] = followed[0][place >= 0]
+        colours, shapes = cluster_colors(followed, xy)[number], np.array(cluster_markers(followed, xy))[number]
+    else: colours, shapes = cluster_colors(place, xy), np.array(cluster_markers(place, xy))
+    _draw_dots(ax, xy, place, colours, shapes, _dot_size(len(xy)))
+    ax.set_title(_count(int((ids >= 0).sum()), 'true identity', 'true identities') + ('' if labels is None else ', in colours of their clusters'), fontsize=10)
 
 def _panels(keep, labels=None, confidence=None, camids=None, pids=None):
     "What `plot_umap` draws of the points `keep`: a function of (axes, map) for each thing known; titles count all points."
     draw, shown = [], None if labels is None else labels[keep]
-    if labels is not None: draw.append(lambda ax, xy: draw_clusters(ax, xy, shown, _cluster_title(labels, shown)))
+    if labels is not None: draw.append(lambda ax, xy: draw_clusters(ax, xy, shown, _cluster_title(labels)))
     if confidence is not None: draw.append(lambda ax, xy: _panel_confidence(ax, xy, shown, confidence[keep]))
     if camids is not None: draw.append(lambda ax, xy: _panel_cameras(ax, xy, camids[keep]))
-    if pids is not None: draw.append(lambda ax, xy: draw_clusters(ax, xy, pids[keep], _count(len(np.unique(pids[pids >= 0])), 'true identity', 'true identities') + _few(pids[keep])))
-    return draw or [lambda ax, xy: ax.scatter(*xy.T, s=20, c=_COLOURS[0], linewidths=.3, edgecolors='white')]
+    if pids is not None: draw.append(lambda ax, xy: _draw_people(ax, xy, pids[keep], shown))
+    return draw or [lambda ax, xy: ax.scatter(*xy.T, s=_dot_size(len(xy)), c=_COLOURS[0], linewidths=.3, edgecolors='white')]
 
 # %% ../nbs/00_viz.ipynb #e0df9211
 def plot_umap(x=None,           # embeddings (N, D); may be None when `xy` is given
@@ -366,12 +441,12 @@ def plot_umap(x=None,           # embeddings (N, D); may be None when `xy` is gi
               camids=None,      # cameras (N,) int: a panel with a legend
               pids=None,        # true identities (N,) int, negative = unknown: a panel
               *, xy=None,       # a map (N, 2) computed before; None: `umap_map` of the points drawn
-              max_points=500,   # draw at most so many, chosen at random and said in the title; None: all
+              max_points=2000,  # draw at most so many, chosen at random and said in the title; None: all
               title=None,       # line above the panels
               n_neighbors: int = 15,  # for `umap_map`
               random_state: int = 0,  # seed of the map and of the choice of points
              ):                 # matplotlib Figure, closed, so that a notebook shows it once
-    "Map of embeddings with a panel for each thing given; outliers lie grey underneath. Mismatched lengths are a ValueError."
+    "Map of embeddings with a panel for each thing given; outliers lie underneath as grey crosses. Mismatched lengths are a ValueError."
     if x is None and xy is None: raise ValueError("plot_umap needs embeddings x or a map xy, got neither")
     points = _embeddings(x if xy is None else xy)
     if xy is not None and points.shape[1] != 2: raise ValueError(f"xy must be (N, 2), got shape {points.shape}")
@@ -427,19 +502,6 @@ def plot_camera_entropy(clusters,      # numbers of the clusters (J,) int
     if title: fig.suptitle(title)
     return fig
 
-# %% ../nbs/00_viz.ipynb #53e50c82
-def _follow(labels, before):
-    "`labels` renumbered so that each cluster has the number of the cluster of `before` that it shares most points with."
-    from scipy.optimize import linear_sum_assignment
-    both, k = (labels >= 0) & (before >= 0), int(labels.max(initial=-1)) + 1
-    shared = np.zeros((k, int(before.max(initial=-1)) + 1), np.int64)
-    np.add.at(shared, (labels[both], before[both]), 1)
-    rows, cols = linear_sum_assignment(-shared)
-    number, kept = np.full(k, -1), shared[rows, cols] > 0
-    number[rows[kept]] = cols[kept]
-    number[number < 0] = shared.shape[1] + np.arange((number < 0).sum())
-    return np.where(labels < 0, -1, number[labels] if k else -1)
-
 # %% ../nbs/00_viz.ipynb #9cc9baff
 def follow_clusters(epochs: list,  # labels (N,) of successive epochs, -1 = outlier
                    ) -> list:      # the same, renumbered from the second epoch on
@@ -490,38 +552,53 @@ def _plot_counts(ax, epochs):
 def plot_evolution(run,                 # a run folder
                    max_epochs: int = 5, # maps to draw, evenly spread over the epochs, first and last among them
                   ):                    # matplotlib Figure, closed
-    "Maps of a run's clusters, confidence and cameras over its epochs, and its curves. A folder without label files is a FileNotFoundError."
+    "Maps of a run's clusters, confidence and its busiest camera over its epochs, and its curves. A folder without label files is a FileNotFoundError."
     import matplotlib.pyplot as plt
     epochs = _read_epochs(run)
     shown = [list(epochs)[i] for i in _spread(len(epochs), max_epochs)]
     n_rows = 2 + all('camids' in e for e in epochs.values())
-    fig = plt.figure(figsize=(max(2.1 * len(shown), 6.3), 2.1 * n_rows + 2.3), layout='constrained')
+    fig = plt.figure(figsize=(max(2.1 * len(shown), 6.3), 2.1 * n_rows + 2.3), layout='constrained', dpi=_dpi())
     plt.close(fig)
     maps, curves = fig.subfigures(2, 1, height_ratios=[n_rows, 1])
     axes = maps.subplots(n_rows, len(shown), squeeze=False)
     _same_frame(axes, [epochs[e]['map'] for e in shown])
     low, high = np.percentile(np.concatenate([e['confidence'] for e in epochs.values()]), [1, 99])
     names = dict(zip(epochs, follow_clusters([e['labels'] for e in epochs.values()])))
-    coloured = _coloured(names[shown[-1]])
+    mapped, places = [names[e][epochs[e]['map_index']] for e in shown], [epochs[e]['map'] for e in shown]
+    same = len({len(m) for m in mapped}) == 1              # else every epoch maps other images, and the last alone decides
+    top = max(int(n.max(initial=-1)) for n in names.values()) + 1
+    looks = _looks(mapped, places, top) if same else _looks(mapped[-1:], places[-1:], top)
     for column, epoch in zip(axes.T, shown):
-        _draw_epoch(column, epochs[epoch], names[epoch], coloured, (low, high))
+        _draw_epoch(column, epochs[epoch], names[epoch], looks, (low, high))
         column[0].set_title(f'epoch {epoch + 1}', fontsize=10)
     maps.colorbar(column[1].collections[-1], ax=list(axes[1]), fraction=.02, pad=.01)
-    for ax, name in zip(axes[:, 0], ['clusters', 'confidence', 'cameras']): ax.set_ylabel(name)
+    rows = ['clusters', 'confidence'] + ([f'camera {_busiest(epochs[shown[-1]]["camids"])}'] if n_rows > 2 else [])
+    for ax, name in zip(axes[:, 0], rows): ax.set_ylabel(name)
     left, right = curves.subplots(1, 2)
     _plot_curves(left, run)
     _plot_counts(right, epochs)
     return fig
 
 # %% ../nbs/00_viz.ipynb #e72a230c
-def _draw_epoch(column, epoch, labels, coloured, limits):
-    "One epoch's clusters, confidence and, where known, cameras in its column of axes."
+def _looks(labels, maps, k):
+    "Colours (k, 3) and shapes (k,) of followed clusters 0..k-1, decided by the last of these epochs."
+    colours, shapes = cluster_colors(np.stack(labels), np.stack(maps)), cluster_markers(np.stack(labels), np.stack(maps))
+    more = k - len(colours)
+    return np.r_[colours, np.resize(_palette(100), (max(0, more), 3))], np.array(shapes + [_MARKERS[j % 11] for j in range(more)])
+
+def _busiest(camids):
+    "The camera with most images (ties: the lower number)."
+    cameras, n = np.unique(camids, return_counts=True)
+    return int(cameras[n.argmax()])
+
+def _draw_epoch(column, epoch, labels, looks, limits):
+    "One epoch's clusters, confidence and, where known, its busiest camera in its column of axes."
     at, index = epoch['map'], epoch['map_index']
-    _draw_groups(column[0], at, labels[index], 6, None if len(coloured) == len(np.unique(labels[labels >= 0])) else coloured)
+    _draw_dots(column[0], at, labels[index], *looks, 6)
     inside, sure = labels[index] >= 0, epoch['confidence'][index]
     _draw_outliers(column[1], at[~inside], 6)
     column[1].scatter(*at[inside].T, c=sure[inside], s=5, cmap='viridis', vmin=limits[0], vmax=limits[1], zorder=2)
-    if len(column) > 2: _draw_groups(column[2], at, epoch['camids'], size=6)
+    if len(column) > 2: _draw_camera(column[2], at, epoch['camids'] == _busiest(epoch['camids']), 5)
 
 def _same_frame(axes, maps):
     "One square window for every map, so that a point that stays is seen to stay."
@@ -531,8 +608,8 @@ def _same_frame(axes, maps):
         ax.set(xticks=[], yticks=[], xlim=(centre[0] - half, centre[0] + half), ylim=(centre[1] - half, centre[1] + half), aspect='equal')
 
 # %% ../nbs/00_viz.ipynb #9e5427f5
-def _pixels(images, i, height=96):
-    "Image `i` of a split, array, tensor or list of files as a small RGB array."
+def _pixels(images, i, height=96, blur=False):
+    "Image `i` of a split, array, tensor or list of files as a small RGB array, its upper quarter blurred on demand."
     from PIL import Image
     im = images.image(int(i)) if hasattr(images, 'image') else images[int(i)]
     if isinstance(im, (str, Path)): im = Image.open(im)
@@ -541,6 +618,9 @@ def _pixels(images, i, height=96):
         if a.ndim == 3 and a.shape[0] == 3 and a.shape[2] != 3: a = a.transpose(1, 2, 0)
         im = Image.fromarray(a if a.dtype == np.uint8 else np.clip(a * 255, 0, 255).astype(np.uint8))
     im = im.convert('RGB')
+    if blur:
+        from ccc.folder import blur_head
+        im = blur_head(im)
     return np.asarray(im.resize((max(1, round(im.width * height / im.height)), height)))
 
 def _show(ax, image, frame=None, text='', dashed=False, width=3):
@@ -553,7 +633,7 @@ def _show(ax, image, frame=None, text='', dashed=False, width=3):
 def _grid(rows, cols, aspect=2):
     "Axes (rows, cols) for images about `aspect` times as high as wide; unused ones stay invisible."
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(rows, cols, figsize=(1.3 + .75 * cols, .75 * rows * aspect + .25), squeeze=False, layout='constrained')
+    fig, axes = plt.subplots(rows, cols, figsize=(1.3 + .75 * cols, .75 * rows * aspect + .25), squeeze=False, layout='constrained', dpi=_dpi())
     plt.close(fig)
     for ax in axes.flat: ax.set(xticks=[], yticks=[], frame_on=True); ax.spines[:].set_visible(False)
     return fig, axes
@@ -599,6 +679,143 @@ def show_clusters(images,             # a Split, (N, 3, H, W) or (N, H, W, 3) ar
             _show(ax, _pixels(images, i), _GREY if labels[i] < 0 else None, f'{confidence[i]:.2f}', dashed=True)
     if title: fig.suptitle(title, fontsize=10)
     return fig
+
+# %% ../nbs/00_viz.ipynb #9b9b09c2
+def _representatives(groups, xy, sure=None):
+    "Of each group 0..K-1, largest first: the surest member, or without confidence the one nearest the middle. Positions."
+    ids, sizes = np.unique(groups[groups >= 0], return_counts=True)
+    chosen = []
+    for j in ids[np.argsort(-sizes, kind='stable')]:
+        at = np.flatnonzero(groups == j)
+        score = ((xy[at] - np.median(xy[at], 0)) ** 2).sum(1) if sure is None else -sure[at]
+        chosen.append(at[score.argmin()])
+    return np.array(chosen, int)
+
+def _cells(xy, across):
+    "The cell of a square grid, `across` cells wide, that each point lies in: (N,) int."
+    cell = np.floor((xy - xy.min(0)) / max(np.ptp(xy, axis=0).max(), 1e-9) * across * .9999).astype(int)
+    return cell[:, 0] + across * cell[:, 1]
+
+def _windows(points, shape, size):
+    "How many points lie in the rectangle of `size` (height, width) cells that begins at each cell: sums by differences of a cumulated table."
+    table = np.zeros((shape[0] + 1, shape[1] + 1))
+    np.add.at(table, tuple((points.astype(int) + 1).T), 1)
+    table = table.cumsum(0).cumsum(1)
+    h, w = size
+    return table[h:, w:] - table[:-h, w:] - table[h:, :-w] + table[:-h, :-w]
+
+def _places(anchors, points, canvas, size, step=4, gap=1):
+    "Lower left corners (n, 2) of rectangles `size` (width, height) near their anchors, all in pixels, none over another, few over points; NaN where no room is left."
+    cells = -(-np.asarray(size)[::-1] // step)                            # (rows, columns) of a crop
+    shape = np.asarray(canvas)[::-1] // step
+    covered = _windows(points[:, ::-1] // step, shape, cells)
+    rows, columns = np.indices(covered.shape)
+    free, out = np.ones(covered.shape, bool), np.full((len(anchors), 2), np.nan)
+    for k, (x, y) in enumerate(anchors):
+        away = np.hypot(rows + cells[0] / 2 - y / step, columns + cells[1] / 2 - x / step)
+        cost = np.where(free, away + 1.5 * covered, np.inf)
+        r, c = np.unravel_index(cost.argmin(), cost.shape)
+        if not np.isfinite(cost[r, c]): continue
+        out[k] = c * step, r * step
+        h, w = cells + gap
+        free[max(0, r - h + 1):r + h, max(0, c - w + 1):c + w] = False
+    return out
+
+# %% ../nbs/00_viz.ipynb #0696085a
+def _crop_height(n, aspect, canvas, share=.22):
+    "Height in pixels of each of `n` crops that together take a share of the canvas: 40 to 110."
+    return int(np.clip(np.sqrt(share * canvas[0] * canvas[1] / max(n, 1) * aspect), 40, 110)) // 4 * 4
+
+def _draw_crops(ax, images, chosen, at, points, canvas, frames, blur):
+    "Crops of the images `chosen` near their places `at`, framed in their colours, with a line to the place; how many had no room."
+    if not len(chosen): return 0
+    crops = [_pixels(images, i, 220, blur) for i in chosen]
+    aspect = np.median([c.shape[0] / c.shape[1] for c in crops])
+    height = _crop_height(len(chosen), aspect, canvas)
+    size = np.array([max(8, round(height / aspect)), height])
+    places = _places(at, points, canvas, size)
+    for crop, corner, anchor, colour in zip(crops, places, at, frames):
+        if np.isnan(corner).any(): continue
+        middle = corner + size / 2
+        ax.plot(*np.stack([middle, anchor]).T, color=colour, linewidth=1, zorder=3)
+        ax.plot(*anchor, 'o', color=colour, markersize=4.5, markeredgecolor='black', markeredgewidth=.8, zorder=3)
+        (x, y), (w, h) = corner, size
+        ax.imshow(crop, extent=(x, x + w, y, y + h), aspect='auto', interpolation='lanczos', zorder=4)
+        ax.add_patch(_frame(corner, size, colour))
+    return int(np.isnan(places).any(1).sum())
+
+def _frame(corner, size, colour):
+    "A rectangle inside the edge of a crop."
+    from matplotlib.patches import Rectangle
+    return Rectangle(corner + 1, *(size - 2), fill=False, edgecolor=colour, linewidth=1.6, zorder=5)
+
+def _onto_canvas(xy, canvas, margin=40):
+    "A map in pixels of a canvas, as large as it can be, its middle in the middle."
+    scale = ((np.asarray(canvas) - 2 * margin) / np.maximum(np.ptp(xy, axis=0), 1e-9)).min()
+    return (xy - (xy.min(0) + xy.max(0)) / 2) * scale + np.asarray(canvas) / 2
+
+# %% ../nbs/00_viz.ipynb #ed8e841b
+def plot_atlas(images,           # a Split, (N, 3, H, W) or (N, H, W, 3) array, or list of files
+               x=None,           # embeddings (N, D); may be None when `xy` is given
+               labels=None,      # pseudo-labels (N,) int, -1 = outlier: a crop for each cluster; None: for each cell of a grid
+               confidence=None,  # (N,): the surest member is shown; None: the one nearest the middle
+               *, xy=None,       # a map (N, 2); None: `umap_map(x)`
+               index=None,       # positions (N,) of these points among the images; None: all of them
+               by=None,          # 'cluster' or 'cell'; None: 'cluster' where there are labels
+               cells: int = 9,   # the grid is so many cells wide
+               max_crops: int = 120,  # at most so many crops, those of the largest groups; the title says so
+               colors=None,      # (K, 3) by cluster, as of `cluster_colors`; None: those of this map
+               blur_faces: bool = False,  # blur the upper quarter of every crop
+               title=None,       # line above
+               width: float = 9.,  # of the figure, inches
+              ):                 # matplotlib Figure, closed
+    "Crops on the map, one for each cluster or cell, none over another. Mismatched lengths, an unknown `by` and clusters without labels are a ValueError."
+    import matplotlib.pyplot as plt
+    if x is None and xy is None: raise ValueError("plot_atlas needs embeddings x or a map xy, got neither")
+    by = by or ('cell' if labels is None else 'cluster')
+    if by not in ('cluster', 'cell') or (by == 'cluster' and labels is None): raise ValueError(f"by must be 'cell', or with labels 'cluster', got {by!r}")
+    xy = umap_map(x) if xy is None else _embeddings(xy)
+    if xy.shape[1] != 2: raise ValueError(f"xy must be (N, 2), got shape {xy.shape}")
+    labels, confidence, index = (_per_point(k, v, len(xy)) for k, v in dict(labels=labels, confidence=confidence, index=index).items())
+    canvas = np.array([round(110 * width), round(90 * width)])
+    at, place = _onto_canvas(xy.astype(float), canvas), np.zeros(len(xy), int) if labels is None else labels
+    if labels is None: colours = np.array([[.55, .62, .7]])
+    else: colours = cluster_colors(labels, xy) if colors is None else np.asarray(colors)
+    chosen = _representatives(labels if by == 'cluster' else _cells(xy, cells), xy, confidence)
+    fig = plt.figure(figsize=canvas / 110 + [0, .35], layout='constrained', dpi=_dpi())
+    plt.close(fig)
+    ax = fig.add_subplot()
+    _draw_dots(ax, at, place, colours, ['o'] if labels is None else cluster_markers(labels, xy) + ['o'] * (len(colours) - int(labels.max(initial=-1)) - 1), 1.4 * _dot_size(len(xy)))
+    shown = chosen[:max_crops]
+    frames = [colours[place[i]] if place[i] >= 0 else _GREY for i in shown]
+    lost = _draw_crops(ax, images, shown if index is None else index[shown], at[shown], at, canvas, frames, blur_faces)
+    ax.set(xticks=[], yticks=[], xlim=(0, canvas[0]), ylim=(0, canvas[1]), aspect='equal')
+    ax.set_title(' · '.join(filter(None, [title, _atlas_title(by, len(chosen), len(shown) - lost, labels, confidence, blur_faces)])), fontsize=10)
+    return fig
+
+# %% ../nbs/00_viz.ipynb #e4ca89ec
+def _atlas_title(by, groups, drawn, labels, confidence, blurred):
+    "What an atlas shows, in words: which member of what, and how many are left out."
+    member = 'most central' if confidence is None else 'most confident'
+    said = f'{_count(groups, by)}, the {member} image of each' if drawn == groups else f'the {member} image of {drawn:,} of {_count(groups, by)}'
+    out = 0 if labels is None else int((labels < 0).sum())
+    return ' · '.join([said] + ([f'{_count(out, "outlier")} (grey crosses)'] if out else []) + (['heads blurred'] if blurred else []))
+
+# %% ../nbs/00_viz.ipynb #0eafff38
+def run_atlas(run,         # a run folder with maps
+              images,      # its training split
+              epoch: int = -1,  # place among its epochs; -1: the last
+              **options,   # of `plot_atlas`
+             ):            # matplotlib Figure, closed
+    "`plot_atlas` of one epoch of a run, in the colours of the last. FileNotFoundError for a folder without label files, ValueError for a run without maps or such an epoch."
+    epochs = _read_epochs(run)
+    if not -len(epochs) <= epoch < len(epochs): raise ValueError(f'epoch must be a place among the {len(epochs)} epochs of the run, got {epoch}')
+    name = list(epochs)[epoch]
+    labels, shown = follow_clusters([e['labels'] for e in epochs.values()]), epochs[name]
+    index, last = shown['map_index'], list(epochs.values())[-1]
+    mapped = np.stack([l[index] for l in labels])
+    colours = cluster_colors(mapped, last['map'] if np.array_equal(last['map_index'], index) else None)
+    return plot_atlas(images, xy=shown['map'], labels=mapped[epoch], confidence=shown['confidence'][index], index=index, colors=colours, **dict(title=f'epoch {name + 1}') | options)
 
 # %% ../nbs/00_viz.ipynb #82df0897
 def _as_split(name, split):

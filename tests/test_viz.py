@@ -109,9 +109,10 @@ def test_sample_is_said_and_followed(points):
     assert viz.plot_umap(xy=x[:, :2], labels=y).get_suptitle() == ''
 
 
-def test_many_cameras_have_a_legend(points):
+def test_every_camera_has_a_map_of_its_own(points):
     ax = viz.plot_umap(xy=points[0][:, :2], camids=np.arange(60) % 20).axes[0]
-    assert [t.get_text() for t in ax.get_legend().get_texts()] == [str(c) for c in range(20)]
+    assert [t.get_text() for t in ax.texts] == [f'{c}: 5%' for c in range(20)]
+    assert [len(c.get_offsets()) for c in ax.collections] == [57, 3] * 20                    # pale: all others; blue: its own
 
 
 def test_tensors_everywhere(points):
@@ -286,3 +287,86 @@ def test_colours_of_few_of_none_and_of_very_many():
     assert len(viz.cluster_colors([0, 0, 4], np.zeros((3, 2)))) == len(viz.cluster_markers([0, 0, 4], np.zeros((3, 2)))) == 5
     many = viz.cluster_colors(np.arange(2500))
     assert len(np.unique(many[:2000], axis=0)) == 2000 and np.isfinite(many).all()
+
+
+@pytest.mark.parametrize('k', [90, 300])
+def test_a_map_shows_every_cluster_in_its_colour(k):
+    labels, xy = islands(k, each=6)
+    for n, said in ((len(labels), ''), (500, f'500 of {len(labels):,} points, drawn at random')):
+        fig = viz.plot_umap(xy=xy, labels=labels, max_points=n)
+        crosses, *dots = fig.axes[0].collections
+        kept = viz.sample_points(len(labels), n)
+        assert fig.get_suptitle() == said
+        assert sum(len(d.get_offsets()) for d in dots) == (labels[kept] >= 0).sum() and len(crosses.get_offsets()) == (labels[kept] < 0).sum()
+        colours = np.unique(np.concatenate([d.get_facecolors() for d in dots]).round(4), axis=0)
+        assert len(colours) == len(np.unique(labels[kept][labels[kept] >= 0]))
+        assert not np.isclose(colours[:, :3], 154 / 255, atol=.02).all(1).any()                # none in the grey of outliers
+
+
+def test_all_points_up_to_two_thousand():
+    xy = np.random.default_rng(0).normal(size=(2001, 2))
+    assert viz.plot_umap(xy=xy[:2000]).get_suptitle() == ''
+    assert viz.plot_umap(xy=xy).get_suptitle() == '2,000 of 2,001 points, drawn at random'
+
+
+def crop_boxes(fig):
+    "(left, right, bottom, top) of the crops of an atlas, in pixels of its canvas."
+    return np.array([image.get_extent() for image in fig.axes[0].images])
+
+
+def overlaps(boxes):
+    left, right, bottom, top = boxes.T
+    wide = np.minimum(right[:, None], right) - np.maximum(left[:, None], left)
+    high = np.minimum(top[:, None], top) - np.maximum(bottom[:, None], bottom)
+    return int(((wide > 0) & (high > 0)).sum() - len(boxes)) // 2
+
+
+@pytest.mark.parametrize('k, shown', [(5, 5), (90, 90), (300, 120)])
+@pytest.mark.parametrize('shape', [(24, 12), (16, 16)])
+def test_thumbnails_do_not_overlap(k, shown, shape):
+    labels, xy = islands(k)
+    images = np.random.default_rng(0).integers(0, 256, (len(labels), *shape, 3), dtype=np.uint8)
+    fig = viz.plot_atlas(images, xy=xy, labels=labels, confidence=np.linspace(0, 1, len(labels)))
+    fig.canvas.draw()
+    boxes = crop_boxes(fig)
+    assert len(boxes) == shown and overlaps(boxes) == 0
+    assert ((boxes[:, 3] - boxes[:, 2]) >= 40).all()                                          # of 990 across: readable at page width
+    (left, right), (bottom, top) = fig.axes[0].get_xlim(), fig.axes[0].get_ylim()
+    assert (boxes[:, 0] >= left).all() and (boxes[:, 1] <= right).all() and (boxes[:, 2] >= bottom).all() and (boxes[:, 3] <= top).all()
+    drawn = [tuple(p.get_edgecolor()[:3]) for p in fig.axes[0].patches]
+    assert len(set(drawn)) == shown                                                            # each in the colour of its cluster
+    if shown < k: assert f'{shown} of {k} clusters' in fig.axes[0].get_title()
+
+
+def test_no_room_is_said_and_nothing_overlaps():
+    corners = viz._places(np.full((9, 2), 50.), np.zeros((0, 2)), (100, 100), np.array([40, 40]))
+    assert np.isnan(corners).any(1).sum() >= 5                                                 # no more than four fit
+    one = corners[~np.isnan(corners).any(1)]
+    assert overlaps(np.stack([one[:, 0], one[:, 0] + 40, one[:, 1], one[:, 1] + 40], 1)) == 0
+
+
+def test_atlas_shows_the_surest_member_of_a_cluster_or_cell(points, monkeypatch):
+    x, y = points
+    asked = []
+    real = viz._pixels
+    monkeypatch.setattr(viz, '_pixels', lambda images, i, *a: asked.append(int(i)) or real(images, i, *a))
+    images, sure = np.zeros((60, 8, 4, 3), np.uint8), np.random.default_rng(1).random(60)
+    viz.plot_atlas(images, xy=x[:, :2], labels=y, confidence=sure)
+    assert sorted(asked) == sorted(int(np.flatnonzero(y == j)[sure[y == j].argmax()]) for j in range(6))
+    asked.clear()
+    viz.plot_atlas(images, x, confidence=sure, cells=3)
+    assert sure.argmax() in asked and len(asked) <= 9
+    asked.clear()
+    viz.plot_atlas(np.zeros((600, 8, 4, 3), np.uint8), xy=x[:, :2], labels=y, index=10 * np.arange(60))
+    assert all(i % 10 == 0 for i in asked) and len(asked) == 6
+    assert len(drawn(viz.plot_atlas(images, xy=x[:, :2], labels=np.full(60, -1)))) == 1        # no cluster: no crop, still a map
+    with pytest.raises(ValueError, match="got 'cluster'"):
+        viz.plot_atlas(images, x, by='cluster')
+
+
+def test_faces_are_blurred_on_demand():
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (1, 64, 32, 3), dtype=np.uint8)
+    seen = [np.asarray(viz.plot_atlas(images, xy=np.zeros((1, 2)), blur_faces=blur).axes[0].images[0].get_array()).astype(int) for blur in (False, True)]
+    changed = np.abs(seen[0] - seen[1]).mean((1, 2))
+    assert changed[:50].min() > 20 and changed[60:].max() == 0                                 # the upper quarter of 220 rows, and nothing below

@@ -53,7 +53,7 @@ class CentroidDistances:
         found, power = self.of_pairs(f, *f.new_tensor([self.farthest]).long().T).max(), 1 if self.metric == 'euler_cosine' else 2
         norms = f.square().sum(1)
         rounding = f.shape[1] * torch.finfo(torch.float32).eps * (self.norms.max() + norms.max())
-        for lo, hi in row_blocks(max(len(self.lifted), len(f)), self.room):
+        for lo, hi in row_blocks(len(self.lifted), self.room, len(f)):
             with exact_products(): bounds = torch.addmm(self.norms[lo:hi, None] + norms + rounding, self.lifted[lo:hi], f.T, alpha=-2)
             for best_first in (True, False):                                                            # the best first: it leaves few others
                 i, j = (bounds == bounds.max()).nonzero(as_tuple=True) if best_first else (bounds > found ** power).nonzero(as_tuple=True)
@@ -75,9 +75,8 @@ def assign(indptr, indices, a,       # discrepancies (N, N) of stored pairs as C
     upper = ceiling * m / (ceiling + m)
     keys = 2. * labels[order].double() - upper[order].double()                       # ascending: by cluster, the strongest first
     clusters, answers = torch.arange(k, device=device), []
-    for lo, hi in row_blocks(max(len(labels), k), room):
-        own = torch.arange(lo, min(hi, len(labels)), device=device)
-        if not len(own): continue
+    for lo, hi in row_blocks(len(labels), room, k + 4 * (len(a) // len(labels) + 1)):     # clusters, and what is computed for each stored pair
+        own = torch.arange(lo, hi, device=device)
         value = _representatives(indptr, indices, a, labels, m, upper, keys, start, own, ceiling)
         smallest = value.amin(1)
         nearest = torch.where(value == smallest[:, None], clusters, k).amin(1)       # ties to the lowest cluster
@@ -114,6 +113,7 @@ def cluster_means(x: torch.Tensor,     # (N, D) float32
                   n_clusters: int,     # K
                   ) -> torch.Tensor:   # (K, D) float32; rows of zeros for empty clusters
     "Mean of the members of each cluster, on the device of x."
+    if not n_clusters: return x.new_zeros(0, x.shape[1])
     order = np.argsort(labels, kind='stable')[np.count_nonzero(labels < 0):]
     sizes = np.bincount(labels[labels >= 0], minlength=n_clusters)
     sums = torch.segment_reduce(x[torch.from_numpy(order).to(x.device)], 'sum', lengths=torch.from_numpy(sizes).to(x.device), initial=0)

@@ -33,9 +33,9 @@ class DeviceGraph:
         return cls(torch.cat([counts.new_zeros(1), counts.cumsum(0)]), indices.int(), data, (n, n))
 
 # %% ../nbs/03b_neighbors_torch.ipynb #96ecfd49
-def row_blocks(n, room=2**26):
-    "Slices of rows of which `room` dense entries fit: 256 MB of float32."
-    size = max(1, min(n, room // n))
+def row_blocks(n, room=2**26, width=None):
+    "Slices of n rows of which `room` dense entries fit, 256 MB of float32; `width` entries in a row, n where it is not given."
+    size = max(1, min(n, room // max(1, n if width is None else width)))
     return [(lo, min(lo + size, n)) for lo in range(0, n, size)]
 
 def entries(indptr, rows):
@@ -90,7 +90,7 @@ def search(x: torch.Tensor,  # (N, D) float32
 def mutual(ranked, size):
     "Which of the first `size` neighbours of each sample have it among their own first `size`: (N, size) bool."
     own = torch.arange(len(ranked), device=ranked.device)
-    return torch.cat([(ranked[ranked[lo:hi, :size], :size] == own[lo:hi, None, None]).any(2) for lo, hi in row_blocks(len(ranked), 2**25 // size)])
+    return torch.cat([(ranked[ranked[lo:hi, :size], :size] == own[lo:hi, None, None]).any(2) for lo, hi in row_blocks(len(ranked), 2**25, size * size)])
 
 def expanded_sets(ranked, R, halves, lo, hi):
     "Marks (block, N) of the expanded k-reciprocal sets of samples lo..hi."
@@ -112,7 +112,7 @@ def k_reciprocal(x: torch.Tensor,       # (N, D) float32
     "The k-reciprocal encoding (Zhong et al. 2017), on the device of x."
     n, k = ranked.shape
     R, halves, blocks = mutual(ranked, k), mutual(ranked, round((k - 1) / 2) + 1), []
-    for lo, hi in row_blocks(n, room // k):
+    for lo, hi in row_blocks(n, room, n + 4 * k * halves.shape[1]):
         marks = expanded_sets(ranked, R, halves, lo, hi)
         rows, columns = marks.nonzero(as_tuple=True)
         squared = torch.cat([(x[lo + i] - x[j]).square().sum(1) for i, j in zip(rows.split(2**16), columns.split(2**16))])
@@ -161,6 +161,8 @@ def jaccard_from_weights(V: DeviceGraph,     # (N, N) weights, rows sum to 1
 
 def jaccard_distance(x: torch.Tensor,    # (N, D) float32, unit norm
                      k1: int = 30, k2: int = 6, limit: float = 1.,  # as of `ccc.neighbors.jaccard_distance`
+                     ranked=None,        # (N, k1 + 1) neighbours, itself first, NumPy; None: searched exactly
                      ) -> DeviceGraph:   # (N, N); absent: 1
     "The k-reciprocal Jaccard distance on the device of x."
-    return jaccard_from_weights(k_reciprocal(x, search(within_squares(x)[0], k1 + 1)[1], k2), limit)
+    ranked = search(within_squares(x)[0], k1 + 1)[1] if ranked is None else torch.from_numpy(ranked).to(x.device)
+    return jaccard_from_weights(k_reciprocal(x, ranked, k2), limit)

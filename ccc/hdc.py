@@ -155,6 +155,17 @@ def _row(graph, i):
     s = slice(int(graph.indptr[i]), int(graph.indptr[i + 1]))
     return as_numpy(graph.indices[s]), as_numpy(graph.data[s])
 
+def _in_memory(graph, rows=None):
+    "A graph in main memory, whole or its rows alone (the others empty), in one transfer: row by row a graph on a GPU would make the host wait thousands of times."
+    if not is_tensor(graph.data): return graph
+    if rows is None: return SimpleNamespace(indptr=as_numpy(graph.indptr), indices=as_numpy(graph.indices), data=as_numpy(graph.data), shape=graph.shape)
+    from ccc._neighbors_torch import entries
+    asked = np.unique(rows)
+    place = entries(graph.indptr, graph.indptr.new_tensor(asked))[1]
+    indptr, lengths = as_numpy(graph.indptr), np.zeros(graph.shape[0], np.int64)
+    lengths[asked] = np.diff(indptr)[asked]
+    return SimpleNamespace(indptr=np.r_[0, lengths.cumsum()], indices=as_numpy(graph.indices[place]), data=as_numpy(graph.data[place]), shape=graph.shape)
+
 def _draw(weight, size, random):
     "Indices drawn in proportion to weight; the last index of positive weight where rounding would run off the end."
     cumulative = np.cumsum(weight)
@@ -167,7 +178,7 @@ def graph_plusplus(graph: csr_array,   # (N, N) distances in [0, 1]; absent: 1
                    random_state=None,  # seed or RandomState
                    ) -> np.ndarray:    # (K,) int64 distinct sample indices
     "k-means++ starts drawn on graph distances (Arthur and Vassilvitskii 2007, greedy form, distances not squared)."
-    random, n = check_random_state(random_state), graph.shape[0]
+    random, n, graph = check_random_state(random_state), graph.shape[0], _in_memory(graph)
     trials, starts, closest = 2 + int(np.log(n_clusters)), [], np.ones(n)
     for k in progress(range(n_clusters), 'starts'):
         free = closest if closest.any() else np.ones(n)        # only copies of starts are left: any of them
@@ -184,7 +195,7 @@ def nearest_start(graph: csr_array,    # (N, N) distances in [0, 1]; absent: 1
                   starts: np.ndarray,  # (K,) sample indices
                   ) -> np.ndarray:     # (N,) int32 clusters, -1 where every start is at distance 1
     "First labels: the nearest start by graph distance, ties to the lowest cluster."
-    best, labels = np.ones(graph.shape[0], np.float32), np.full(graph.shape[0], -1, np.int32)
+    best, labels, graph = np.ones(graph.shape[0], np.float32), np.full(graph.shape[0], -1, np.int32), _in_memory(graph, starts)
     for j, start in enumerate(starts):
         cols, values = _row(graph, start)
         nearer = values < best[cols]

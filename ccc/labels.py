@@ -7,15 +7,13 @@ __all__ = ['OUTLIER', 'PseudoLabels', 'drop_small_clusters', 'within', 'check_me
            'diagnose', 'CameraBias', 'camera_bias']
 
 # %% ../nbs/05_labels.ipynb #e22dbdc8
-import contextlib
-import io
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_array
-from sklearn.cluster import DBSCAN, KMeans
+from sklearn.cluster import DBSCAN, KMeans, kmeans_plusplus
 from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score, normalized_mutual_info_score
 from sklearn.metrics.cluster import contingency_matrix
 from sklearn.neighbors import NearestNeighbors, sort_graph_by_row_values
@@ -99,7 +97,7 @@ def _hdc(x, graph, min_instances, hdc, own_centroids):
 
 def _kmeans(x, n_clusters, min_instances, random_state):
     if gate.whole('n_clusters', n_clusters, 1) > len(x): raise ValueError(f'n_clusters must not exceed the number of samples; got n_clusters={n_clusters} with n_samples={len(x)}')
-    labels, centroids = _kmeans_faiss(x, n_clusters, random_state) if is_tensor(x) else _kmeans_sklearn(x, n_clusters, random_state)
+    labels, centroids = _kmeans_torch(x, n_clusters, random_state) if is_tensor(x) else _kmeans_sklearn(x, n_clusters, random_state)
     labels, centroids = drop_small_clusters(labels, centroids, min_instances)
     return labels, _cosine_confidence(x, labels, centroids), centroids
 
@@ -107,14 +105,35 @@ def _kmeans_sklearn(x, n_clusters, random_state):
     kmeans = KMeans(n_clusters, n_init=1, random_state=random_state).fit(x)
     return kmeans.labels_, kmeans.cluster_centers_.astype(np.float32)
 
-def _kmeans_faiss(x, n_clusters, random_state):
-    "FAISS's own, from samples drawn at random: on the GPU that holds x, where FAISS sees it."
-    import faiss
-    from faiss.contrib.torch.clustering import DatasetAssign, DatasetAssignGPU, kmeans
-    data = DatasetAssignGPU(faiss.StandardGpuResources(), x) if on_accelerator(x) and faiss.get_num_gpus() else DatasetAssign(x.cpu())
-    seed = check_random_state(random_state).randint(2**31)
-    with contextlib.redirect_stdout(io.StringIO()): centroids = kmeans(n_clusters, data, seed=seed, verbose=False)   # it prints all the same
-    return data.assign_to(centroids)[0].astype(np.int32), as_numpy(centroids)
+def _kmeans_torch(x, n_clusters, random_state, max_iter=300, tol=1e-4):
+    "scikit-learn's steps from scikit-learn's starts, on the device of x: rows of a study are comparable whatever they ran on."
+    means, mean = parts_for(x).cluster_means, x.mean(0)
+    x, labels = x - mean, None                                              # as scikit-learn does, for precision
+    limit = tol * float(x.var(0, correction=0).mean())
+    centroids = x.new_tensor(kmeans_plusplus(as_numpy(x), n_clusters, random_state=check_random_state(random_state))[0])
+    for _ in range(max_iter):
+        before, (labels, far) = labels, _nearest_centroids(x, centroids)
+        empty = np.flatnonzero(np.bincount(labels, minlength=n_clusters) == 0)
+        moved = labels.copy()
+        moved[np.argsort(-far, kind='stable')[:len(empty)]] = empty          # the farthest samples begin clusters anew
+        new = means(x, moved, n_clusters)
+        shift, centroids = float((new - centroids).square().sum()), new
+        if before is not None and np.array_equal(labels, before): break
+        if shift <= limit:
+            labels = _nearest_centroids(x, centroids)[0]
+            break
+    return labels.astype(np.int32), as_numpy(centroids + mean)
+
+def _nearest_centroids(x, centroids):
+    "Nearest centroid of each sample and the squared distance to it, NumPy."
+    import torch
+    from ccc._neighbors_torch import exact_products, row_blocks
+    norms, parts = centroids.square().sum(1), []
+    with exact_products():
+        for lo, hi in row_blocks(len(x), width=len(centroids)):
+            parts.append((norms - 2 * x[lo:hi] @ centroids.T).min(1))
+    nearest, closeness = as_numpy(torch.cat([p.indices for p in parts])), torch.cat([p.values for p in parts])
+    return nearest, as_numpy(closeness + x.square().sum(1))
 
 # %% ../nbs/05_labels.ipynb #c365082d
 def check_method(method):

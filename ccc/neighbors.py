@@ -42,23 +42,23 @@ def progress(items, name):
     if bar is not None: bar.close()
 
 # %% ../nbs/03_neighbors.ipynb #a3f9f370
-def _faiss_index(x, k, index):
-    "A FAISS index over x, built on a GPU where FAISS sees one."
+def _faiss_index(x, k, index, gpu):
+    "A FAISS index over x, built on a GPU if that is asked for and FAISS sees one."
     import faiss
     lists = max(1, min(int(4 * len(x) ** .5), len(x) // 39))                        # FAISS's guideline, and its least number of samples a list
     built = faiss.index_factory(x.shape[1], {'exact': 'Flat', 'ivf': f'IVF{lists},Flat', 'hnsw': 'HNSW32'}[index])
-    if index != 'hnsw' and faiss.get_num_gpus(): built = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, built)
+    if gpu and index != 'hnsw' and faiss.get_num_gpus(): built = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, built)
     built.train(x)
     built.add(x)
     if index == 'ivf': built.nprobe = max(8, lists // 8)
     if index == 'hnsw': built.hnsw.efSearch = 4 * k
     return built
 
-def _search_faiss(x, k, index, block=8192):
+def _search_faiss(x, k, index, gpu=False, block=8192):
     "Squared distances and ids, ascending; the exact search by distance and id."
     import faiss
-    ordered = k < faiss.cvar.distance_compute_min_k_reservoir and not faiss.get_num_gpus()     # a heap by distance and id; longer lists leave equals open
-    built, more = _faiss_index(x, k, index), k if ordered or index != 'exact' else min(k + 1, len(x))
+    ordered = k < faiss.cvar.distance_compute_min_k_reservoir and not (gpu and faiss.get_num_gpus())     # a heap by distance and id; longer lists leave equals open
+    built, more = _faiss_index(x, k, index, gpu), k if ordered or index != 'exact' else min(k + 1, len(x))
     found = [built.search(x[lo:lo + block], more) for lo in progress(range(0, len(x), block), 'neighbours')]
     distances, ids = map(np.concatenate, zip(*found))
     if index != 'exact': return _completed(x, distances, ids, index)
@@ -103,10 +103,10 @@ def _search_torch(x, k):
     from ccc._neighbors_torch import search
     return tuple(map(as_numpy, search(torch.tensor(x) if isinstance(x, np.ndarray) else x, k)))    # a copy: torch warns of read-only memory
 
-def _search(x, k, index):
-    "On an accelerator with torch, else with FAISS, else with torch."
+def _search(x, k, index, gpu=False):
+    "On an accelerator with torch, else with FAISS, else with torch. `gpu`: FAISS may use one."
     if on_accelerator(x): return _search_torch(x, k)
-    try: return _search_faiss(x, k, index)
+    try: return _search_faiss(x, k, index, gpu)
     except ImportError:
         if index != 'exact': raise
         return _search_torch(x, k)
@@ -123,12 +123,13 @@ def _knn(x, k, index):
     "`knn` of embeddings that are checked."
     if not 1 <= gate.whole('k', k) <= len(x): raise ValueError(f'k counts the sample itself and must lie in 1..N; got k={k} with N={len(x)}')
     if index not in ('exact', 'ivf', 'hnsw'): raise ValueError(f"index must be 'exact', 'ivf' or 'hnsw'; got {index!r}")
-    if on_accelerator(x) and index != 'exact': raise ValueError(f'an approximate index wants embeddings in main memory; got index={index!r} and a tensor on {x.device}')
+    gpu = on_accelerator(x)                                         # what lies in main memory is searched by the CPU
+    if gpu and index != 'exact': x = np.ascontiguousarray(as_numpy(x))         # FAISS reads main memory, and brings it to its own GPU
     gate.one_thread_after_fork()
     require_memory(len(x) * k * 12, f'The {k} nearest neighbours of {len(x)} samples')
     x, exponent = gate.within_squares(x)
     first = _first_copies(x) if index == 'exact' and not on_accelerator(x) else None
-    distances, indices = _search(x, k, index) if first is None else _search_once(x, first, k)
+    distances, indices = _search(x, k, index, gpu) if first is None else _search_once(x, first, k)
     if index != 'exact': print(f'{index}: {_recall(x, indices):.2%} of the {k} nearest neighbours found, measured on {min(len(x), 1000)} samples')
     distances = np.maximum(distances, 0)
     if exponent:
@@ -289,9 +290,10 @@ def jaccard_distance(x,                   # (N, D) embeddings, unit norm
     if not 1 <= gate.whole('k1', k1) < len(x): raise ValueError(f'k1 does not count the sample itself and must lie in 1..N-1; got k1={k1} with N={len(x)}')
     if not 1 <= gate.whole('k2', k2) <= k1 + 1: raise ValueError(f'k2 counts the sample itself and must lie in 1..k1 + 1; got k2={k2} with k1={k1}')
     gate.number('limit', limit, 0)
-    if on_accelerator(x) and index == 'exact':
+    if on_accelerator(x):
         from ccc import _neighbors_torch
-        return _neighbors_torch.jaccard_distance(x, k1, k2, limit)
+        ranked = None if index == 'exact' else _knn(x, k1 + 1, index)[1]
+        return _neighbors_torch.jaccard_distance(x, k1, k2, limit, ranked)
     _, ranked = _knn(x, k1 + 1, index)
     V = encode(ranked, lambda indptr, indices: kernels.set_distances(x, indptr, indices, n_threads), k2, n_threads)
     return _jaccard(V, limit, n_threads)

@@ -3,17 +3,23 @@ import copy
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from ccc import hdc, neighbors
+from ccc._neighbors_torch import row_blocks
 from ccc.backbone import InstanceBatchNorm, build_backbone
 from ccc.config import Config
 from ccc.engine import extract_embeddings, fetch_images, make_engine, settle_images, unused_parameters
+from ccc.labels import make_labels
 from ccc.memory import RULES, ClusterMemory
+from ccc.training import Trainer, augment_batch, check_clusters, train_step
 from fake_device import DEVICE, fake_gpu
-from test_training import tiny_data, tiny_net
+from test_training import SETTINGS, tiny_data, tiny_net
 
 TIMM = 'timm:convnext_atto'
 
@@ -157,6 +163,137 @@ def test_embeddings_that_cannot_be_right_show_in_a_loss_of_nan(bad):
     x[2] = bad
     for weight in (True, False): assert ClusterMemory(torch.eye(16)[:3], check=False, camera_weight=weight)(x, [0, 1, 2, 0, 1, 2], [0] * 6).isnan()
     assert ClusterMemory(torch.eye(16)[:3], check=False)(x.nan_to_num(0, 0, 0).clamp(-9, 9), [0, 1, 2, 0, 1, 2], [0] * 6).isfinite()
+
+
+# the label step
+
+CLUSTERERS = [dict(method='hdc'), dict(method='dbscan', min_instances=3), dict(method='kmeans')]
+
+
+def embeddings(n=72, d=16):
+    rng = np.random.default_rng(0)
+    x = np.repeat(rng.normal(size=(n // 9, d)), 9, 0) + .3 * rng.normal(size=(n, d))
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.mark.parametrize('index', ['exact', 'ivf', 'hnsw'])
+@pytest.mark.parametrize('how', CLUSTERERS, ids=lambda how: how['method'])
+def test_labels_on_the_device_are_those_of_the_cpu(gpu, how, index):
+    "With approximate neighbours too, which died in the first label step."
+    if index != 'exact': pytest.importorskip('faiss')
+    x, options = embeddings(), how | dict(n_clusters=8, k1=8, k2=3, index=index, random_state=0)
+    there, here = make_labels(torch.from_numpy(x).to(DEVICE), **options), make_labels(x, **options)
+    np.testing.assert_array_equal(there.labels, here.labels)
+    np.testing.assert_allclose(there.confidence, here.confidence, atol=1e-5)
+    np.testing.assert_allclose(there.centroids, here.centroids, atol=1e-5)
+
+
+@pytest.mark.parametrize('n_clusters', [3, 8, 40, 72])
+def test_k_means_takes_the_steps_of_scikit_learn(gpu, n_clusters):
+    x = embeddings()
+    if n_clusters == 40: x[40:] = x[:32]                                       # copies: clusters run empty
+    there, here = (make_labels(v, 'kmeans', 0, n_clusters=n_clusters, random_state=3) for v in (torch.from_numpy(x).to(DEVICE), x))
+    if n_clusters != 40: np.testing.assert_array_equal(there.labels, here.labels)
+    spread = [np.square(x - l.centroids[l.labels]).sum() for l in (there, here)]
+    assert abs(spread[0] - spread[1]) <= .02 * spread[1] + 1e-6
+
+
+def test_no_cluster_at_all_is_said_as_on_a_cpu(gpu):
+    "DBSCAN with a radius in which nobody has neighbours."
+    labels = make_labels(torch.from_numpy(embeddings()).to(DEVICE), 'dbscan', 4, eps=1e-6, k1=8, k2=3)
+    assert labels.n_clusters == 0 and labels.n_outliers == 72 and labels.centroids.shape == (0, 16)
+    with pytest.raises(ValueError, match='an epoch needs two clusters to contrast, got 0'): check_clusters(labels, Config())
+
+
+def test_the_starts_bring_the_graph_to_the_host_once(gpu):
+    "Row by row it was 50,944 blocking transfers at K = 750; the starts and the first labels are the same."
+    x = embeddings(720)
+    here, there = (neighbors.jaccard_distance(v, 8, 3) for v in (x, torch.from_numpy(x).to(DEVICE)))
+    want = hdc.graph_plusplus(here, 60, 0)
+    gpu.start()
+    starts = hdc.graph_plusplus(there, 60, 0)
+    first = hdc.nearest_start(there, starts)
+    assert gpu.syncs <= 10, gpu.by_place()
+    np.testing.assert_array_equal(starts, want)
+    np.testing.assert_array_equal(first, hdc.nearest_start(here, starts))
+
+
+def test_blocks_are_as_wide_as_what_they_hold():
+    "Lists of 31 neighbours do not grow with N: two blocks for 100,000 samples, 15,000 before; 12,936 samples and 750 clusters in one."
+    assert len(row_blocks(100_000, 2**25, 31 * 31)) <= 3 and len(row_blocks(12_936, 2**26, 750)) == 1
+    assert row_blocks(10, 20) == [(lo, lo + 2) for lo in range(0, 10, 2)] and row_blocks(10, 1) == [(i, i + 1) for i in range(10)]
+
+
+def test_what_lies_in_main_memory_is_searched_by_the_cpu(monkeypatch):
+    "device='cpu' used a FAISS GPU."
+    faiss = pytest.importorskip('faiss')
+    monkeypatch.setattr(faiss, 'get_num_gpus', lambda: 1)
+    monkeypatch.setattr(faiss, 'index_cpu_to_gpu', lambda *_: pytest.fail('a GPU was used'), raising=False)
+    x = embeddings()
+    for index in ('exact', 'ivf'): neighbors.knn(x, 9, index)
+
+
+# an epoch
+
+@pytest.mark.parametrize('how', [dict(clustering='hdc'), dict(clustering='dbscan'), dict(clustering='kmeans'), dict(image_store='host'), dict(rerank=True), dict(knn_index='ivf'),
+                                 dict(optimizer='adamw'), dict(optimizer='sgd', precision='bf16')], ids=str)
+def test_a_whole_epoch(data, tmp_path, monkeypatch, how):
+    "Extract, label, train, evaluate on the device, nothing on two devices; the loss is that of a CPU."
+    config = Config(**SETTINGS | dict(warmup_with_dbscan=False, log_dir=str(tmp_path)) | how)
+    plain = Trainer(replace(config, precision='auto' if 'precision' not in how else how['precision']), data, tiny_net()).step()
+    net = tiny_net()
+    with fake_gpu(monkeypatch, bf16='precision' in how) as gpu:
+        row = Trainer(replace(config, device='cuda'), data, net).step()
+        assert next(net.parameters()).is_cuda and gpu.kernels > 500
+    assert abs(row['loss'] - plain['loss']) < (.2 if 'precision' in how else 2e-3) and row['n_clusters'] == plain['n_clusters'] and row['mAP'] == pytest.approx(plain['mAP'], abs=.05)
+
+
+MOST_SYNCS, MOST_KERNELS = 12, 370           # 20 and 370 before constants, dice and indices were sent without waiting
+
+
+def test_synchronisations_of_a_training_step(data, tmp_path, monkeypatch):
+    "An upper bound, so that none comes back unseen."
+    net = tiny_net()
+    with fake_gpu(monkeypatch) as gpu:
+        t = Trainer(Config(**SETTINGS | dict(device='cuda', log_dir=str(tmp_path), iters=9)), data, net)
+        t.begin(t.make_labels(t.extract()))
+        batch = np.arange(16)
+        t.train_batch(0, batch)
+        gpu.start()
+        t.train_batch(1, batch)
+        assert gpu.syncs <= MOST_SYNCS and gpu.kernels <= MOST_KERNELS, gpu.by_place()
+
+
+def test_a_step_that_hands_over_labels_in_main_memory_waits_for_nothing(data, tmp_path, monkeypatch):
+    "The whole step, from fetching the images to the update of the memory: 0 synchronisations; only who reads the loss waits."
+    net = tiny_net()
+    with fake_gpu(monkeypatch) as gpu:
+        t = Trainer(Config(**SETTINGS | dict(device='cuda', log_dir=str(tmp_path))), data, net)
+        labels = t.make_labels(t.extract())
+        t.begin(labels)
+        memory, batch = ClusterMemory(labels.centroids, check=False).to(DEVICE), np.arange(16)
+        y, cams = torch.as_tensor(labels.labels[batch]), torch.as_tensor(data.train.camids[batch])
+        def step():
+            dice = [torch.Generator().manual_seed(k) for k in range(2)]
+            return train_step(t.embed, memory, t.optimizer, augment_batch(t.images('train'), batch, dice, t.engine.device), y, cams, t.engine)
+        step()
+        gpu.start()
+        loss = step()
+        assert gpu.syncs == 0 and gpu.kernels <= 296, (gpu.kernels, gpu.by_place())
+        assert np.isfinite(float(loss))
+
+
+# the measurement that waits for a GPU
+
+def test_the_measurement_runs_in_a_tiny_form():
+    program = str(Path(__file__).parent / 'benchmarks' / 'training.py')
+    def run(*args): return subprocess.run([sys.executable, program, 'all', *args], capture_output=True, text=True, timeout=300)
+    tiny = run('--tiny', '--device', 'cpu')
+    assert tiny.returncode == 0, tiny.stderr[-2000:]
+    assert tiny.stdout.count('|---|') >= 3 and '| train |' in tiny.stdout and '2 epochs: ' in tiny.stdout and '(measured)' in tiny.stdout
+    if not torch.cuda.is_available():
+        refused = run()
+        assert refused.returncode == 1 and refused.stderr.count('\n') == 1 and 'a GPU that torch can see is needed' in refused.stderr
 
 
 # several processes

@@ -382,7 +382,12 @@ def _panel_cameras(ax, xy, camids):
         mine = camids == camera
         _draw_camera(ax, at, mine, size)
         ax.text((at[:, 0].min() + at[:, 0].max()) / 2, at[:, 1].max() + .03, f'{camera}: {mine.mean():.0%}', fontsize=8, ha='center', va='bottom')
-    ax.set_title(_count(len(cameras), 'camera') + ', one at a time: share of images')
+    ax.set_title(_count(len(cameras), 'camera') + ', one at a time: share of images' + _bias_note(xy, camids))
+
+def _bias_note(xy, camids):
+    "A second line: how many of an image's nearest on the map its own camera took, against chance."
+    from ccc.labels import camera_bias
+    return f'\n{camera_bias(xy, camids)} (on the map)' if (camids >= 0).sum() > 1 else ''
 
 # %% ../nbs/00_viz.ipynb #53e50c82
 def _follow(labels, before):

@@ -370,3 +370,12 @@ def test_faces_are_blurred_on_demand():
     seen = [np.asarray(viz.plot_atlas(images, xy=np.zeros((1, 2)), blur_faces=blur).axes[0].images[0].get_array()).astype(int) for blur in (False, True)]
     changed = np.abs(seen[0] - seen[1]).mean((1, 2))
     assert changed[:50].min() > 20 and changed[60:].max() == 0                                 # the upper quarter of 220 rows, and nothing below
+
+
+def test_the_camera_map_says_how_far_neighbours_follow_cameras():
+    "Two clouds, one a camera: all neighbours are the own camera's, where chance would give about half."
+    rng = np.random.default_rng(0)
+    camids = np.repeat([0, 1], 40)
+    xy = rng.normal(size=(80, 2)) + 50 * camids[:, None]
+    title = viz.plot_umap(xy=xy, camids=camids).axes[0].get_title()
+    assert 'own camera: 100% of the 15 nearest, by chance 49% (on the map)' in title

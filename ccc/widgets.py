@@ -10,11 +10,14 @@ import base64
 import html
 import io
 from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 
 from .evolution import History, label_signs, read_history
-from .viz import _COLOURS, _MARKERS, _coloured, _count, _figure, _few, _panel_confidence, _per_point, _pixels, _spread, _bare, draw_clusters, plot_umap, sample_points
+from .viz import _COLOURS, _GREY, _MARKERS, _PALE, _count, _figure, _panel_confidence, _per_point, _pixels, _places, _representatives, _spread, _style, _bare
+from .viz import cluster_colors, cluster_markers, draw_clusters, plot_umap, sample_points
 
 # %% ../nbs/05b_widgets.ipynb #d7f3aa96
 @contextmanager
@@ -38,7 +41,7 @@ def _widgets():
 def _png(fig):
     "A matplotlib figure as the bytes of a PNG."
     out = io.BytesIO()
-    fig.savefig(out, format='png', dpi=80)
+    fig.savefig(out, format='png', dpi=110)
     return out.getvalue()
 
 def _panel(children, picture, **layout):
@@ -137,16 +140,31 @@ def _looks(history):
     "What the maps of this run can be coloured by."
     return [k for k in _LOOKS if k in ('cluster', 'confidence') or (history.camids if k == 'camera' else history.pids) is not None]
 
-def _discrete(n):
-    "A plotly colour scale with the grey of outliers at 0, the pale colour at 1 and our colours at 2..n + 1."
-    from ccc.viz import _GREY, _PALE
-    colours = [_GREY, _PALE, *(_COLOURS[k % 8] for k in range(n))]
+def _discrete(shades):
+    "A plotly colour scale with the grey of outliers at 0, the pale colour of what is unknown at 1 and `shades` (n, 3) at 2..n + 1."
+    colours = [_GREY, _PALE, *('#%02x%02x%02x' % tuple((255 * s).round().astype(int)) for s in np.asarray(shades))]
     return [[(k + side) / len(colours), c] for k, c in enumerate(colours) for side in (0, 1)]
 
+_MOST_SHAPES = 3000                                   # of more points, all members are round
 _SYMBOLS = [0, 1, 5, 2, 6, 3, 14, 7, 13, 8, 17]       # plotly's numbers for the shapes of ccc.viz, in their order; 4, the cross, is kept for outliers
 
 # %% ../nbs/05b_widgets.ipynb #9ba124bc
-def _look(history, kind, e, index):
+def _groups(history, kind, index):
+    "Group of every point by epoch (E or 1, M); by group: its place among the shades and its symbol; the shades (n, 3). Colours of clusters are fixed by the last epoch."
+    from matplotlib.colors import to_rgb
+    if kind == 'cluster':
+        groups = history.labels[:, index]
+        colours, shapes = cluster_colors(groups, history.maps), cluster_markers(groups, history.maps)
+    else:
+        known = {'camera': history.camids, 'person': history.pids}[kind][index]
+        ids, place = np.unique(known, return_inverse=True)
+        groups = np.where(known < 0, -1, place - (ids < 0).sum())[None]
+        if kind == 'camera': colours, shapes = np.array([to_rgb(_style(j)[0]) for j in range(len(ids))]), [_style(j)[1] for j in range(len(ids))]
+        else: colours, shapes = cluster_colors(groups[0], history.maps[-1]), cluster_markers(groups[0], history.maps[-1])
+    shades, place = np.unique(np.reshape(colours, (-1, 3)), axis=0, return_inverse=True)
+    return groups, np.r_[place.ravel(), 0], np.array([_SYMBOLS[_MARKERS.index(s)] for s in shapes] + [0]), shades     # the last entry is for -1
+
+def _look(history, kind, e, index, memo=None):
     "Colour values, marker symbols and the scale for the points `index` coloured by `kind` in epoch `e`; outliers are grey crosses whatever the kind."
     out = history.labels[e, index] < 0
     if kind == 'confidence':
@@ -154,16 +172,17 @@ def _look(history, kind, e, index):
         low, high = np.nanpercentile(sure, [2, 98])
         if not low < high: low, high = 0, 1
         return dict(color=history.confidence[e, index], symbol=np.where(out, 4, 0), colorscale='Viridis', cmin=float(low), cmax=float(high), showscale=True)
-    groups = {'cluster': history.labels[e], 'camera': history.camids, 'person': history.pids}[kind][index]
-    few = _coloured(history.labels[-1, index] if kind == 'cluster' else groups)
-    place = np.searchsorted(few, groups).clip(max=max(len(few) - 1, 0)) if len(few) else np.zeros(len(groups), int)
-    known = np.isin(groups, few)
-    symbol = np.where(known, np.array(_SYMBOLS)[place % 11], 0)
-    return dict(color=np.where(out, 0, np.where(known, place + 2, 1)).astype(np.float32), symbol=np.where(out, 4, symbol), colorscale=_discrete(len(few)), cmin=-.5, cmax=len(few) + 1.5, showscale=False)
+    memo = {} if memo is None else memo                # colours of many clusters take a tenth of a second: once a view
+    if kind not in memo: memo[kind] = _groups(history, kind, index)
+    groups, place, symbols, shades = memo[kind]
+    mine = groups[min(e, len(groups) - 1)]
+    colour = np.where(out, 0, np.where(mine >= 0, place[mine] + 2, 1))
+    shape = symbols[mine] if len(index) <= _MOST_SHAPES else 0      # plotly searches a list of 500 names for every symbol: seconds for 13,000 points
+    return dict(color=colour.astype(np.float32), symbol=np.where(out, 4, shape), colorscale=_discrete(shades), cmin=-.5, cmax=len(shades) + 1.5, showscale=False)
 
-def _marker(history, kind, e, index, size):
+def _marker(history, kind, e, index, size, memo=None):
     "A plotly marker: `_look`, with outliers thin and grey."
-    look, out = _look(history, kind, e, index), history.labels[e, index] < 0
+    look, out = _look(history, kind, e, index, memo), history.labels[e, index] < 0
     return look | dict(size=np.where(out, .8 * size, size).astype(np.float32), opacity=np.where(out, .6, .9).astype(np.float32), line=dict(width=0))
 
 # %% ../nbs/05b_widgets.ipynb #93d07ee9
@@ -174,14 +193,14 @@ def _frame_axes(fig, maps):
     fig.update_xaxes(range=[float((low - pad)[0]), float((high + pad)[0])])
     fig.update_yaxes(range=[float((low - pad)[1]), float((high + pad)[1])])
 
-def _figure_widget(history, looks, e, index, size):
+def _figure_widget(history, looks, e, index, size, memo):
     "Two linked maps side by side."
     from plotly.subplots import make_subplots
     _, go = _widgets()
     fig = make_subplots(1, 2, subplot_titles=looks, horizontal_spacing=.03)
     at = history.maps[e]
     for c, kind in enumerate(looks, 1):
-        fig.add_trace(go.Scattergl(x=at[:, 0], y=at[:, 1], mode='markers', marker=_marker(history, kind, e, index, size), hoverinfo='none', showlegend=False), row=1, col=c)
+        fig.add_trace(go.Scattergl(x=at[:, 0], y=at[:, 1], mode='markers', marker=_marker(history, kind, e, index, size, memo), hoverinfo='none', showlegend=False), row=1, col=c)
     fig.update_xaxes(showticklabels=False, zeroline=False, showgrid=False, matches='x')
     fig.update_yaxes(showticklabels=False, zeroline=False, showgrid=False, matches='y', scaleanchor='x')
     fig.update_layout(height=430, width=880, margin=dict(l=10, r=10, t=30, b=10), template='plotly_white', dragmode='pan', hovermode='closest', uirevision='kept')
@@ -206,21 +225,53 @@ def _path_marks(path, here, radius, axis):
     style = dict(xref=f'x{axis}', yref=f'y{axis}', line=dict(color='black', width=1.5))
     return [dict(type='path', path=line, **style), dict(type='circle', **ends, **style)]
 
+# %% ../nbs/05b_widgets.ipynb #294899b6
+def _blurred(split):
+    "A split whose images have a blurred upper quarter."
+    if not hasattr(split, 'image'): return split
+    from ccc.folder import blur_head
+    return SimpleNamespace(image=lambda i: blur_head(split.image(i)))
+
+def _window(figure, axis, values):
+    "What the page shows of an axis: (low, high)."
+    shown = figure.layout[axis].range
+    return (values.min(), values.max()) if shown is None else sorted(map(float, shown))
+
+def _atlas_images(history, e, index, figure, canvas=(410, 380), height=44, most=40):
+    "Crops of the surest members of the clusters in view as plotly images on the left map, `height` pixels high, none over another; the largest clusters first."
+    at, labels = history.maps[e].astype(float), history.labels[e, index]
+    (left, right), (bottom, top) = (_window(figure, axis, v) for axis, v in zip(('xaxis', 'yaxis'), at.T))
+    scale = min(canvas[0] / max(right - left, 1e-9), canvas[1] / max(top - bottom, 1e-9))              # pixels for one unit of the map
+    seen = (at[:, 0] >= left) & (at[:, 0] <= right) & (at[:, 1] >= bottom) & (at[:, 1] <= top)
+    chosen = _representatives(np.where(seen, labels, -1), at, history.confidence[e, index])[:most]
+    if not len(chosen): return []
+    pixels = (at - [left, bottom]) * scale
+    shape = _pixels(history.split, index[chosen[0]]).shape
+    size = np.array([max(8, round(height * shape[1] / shape[0])), height])
+    places = _places(pixels[chosen], pixels[seen].clip(0, np.array(canvas) - 5), canvas, size)
+    return [dict(source=_crop(history.split, index[i], 96).split('"')[1], xref='x', yref='y', x=x / scale + left, y=y / scale + bottom, xanchor='left', yanchor='bottom',
+                 sizex=size[0] / scale, sizey=size[1] / scale, sizing='stretch', layer='above')
+            for i, (x, y) in zip(chosen, places) if not np.isnan(x)]
+
 # %% ../nbs/05b_widgets.ipynb #5aea60c3
 class Explorer:
     "The state of one view: `epoch` (its place in the history), `left` and `right` colouring; `show`, `hover` and `open` do what slider and mouse do."
     def __init__(self,
                  history: History,  # with maps
                  max_points: int = 30_000,  # draw at most so many, chosen at random, and say so
-                 size: float = None):  # of the dots, in pixels; None: by their number
+                 size: float = None,  # of the dots, in pixels; None: by their number
+                 blur_faces: bool = False):  # blur the upper quarter of every crop
         widgets, _ = _widgets()
         history.need_maps()
+        if blur_faces: history = replace(history, split=_blurred(history.split))
         keep = sample_points(len(history.index), max_points)
         self.history, self.index = History(**vars(history) | dict(maps=history.maps[:, keep], index=history.index[keep])), history.index[keep]
         self.size, looks = size or float(np.clip(160 / len(keep) ** .5, 3, 8)), _looks(history)
         self.slider = widgets.SelectionSlider(options=[(str(e + 1), k) for k, e in enumerate(history.epochs)], value=len(history.epochs) - 1, description='epoch')
         self.menus = [widgets.Dropdown(options=looks, value=v, description=n, layout=dict(width='200px')) for v, n in ((looks[0], 'left'), (looks[-1] if len(looks) > 2 else looks[1], 'right'))]
-        self.figure = _figure_widget(self.history, (self.left, self.right), self.epoch, self.index, self.size)
+        self.memo = {}                                   # colours and shapes of the groups
+        self.crops = widgets.ToggleButton(value=False, description='crops on the map', disabled=not hasattr(history.split, 'image'))
+        self.figure = _figure_widget(self.history, (self.left, self.right), self.epoch, self.index, self.size, self.memo)
         self.text, self.card, self.page = (widgets.HTML() for _ in range(3))
         self.text.value = _headline(self.history, self.epoch)
         self.held = False                                # while several controls are set
@@ -233,6 +284,8 @@ class Explorer:
     def _connect(self):
         "Slider, menus and mouse call our methods."
         for control in (self.slider, *self.menus): control.observe(lambda c: self.held or self._draw(), 'value')
+        self.crops.observe(lambda c: self._draw_atlas(), 'value')
+        self.figure.layout.on_change(lambda *change: self.crops.value and self._draw_atlas(), 'xaxis.range', 'yaxis.range')
         for cloud in self.figure.data:
             cloud.on_hover(lambda trace, points, state: points.point_inds and self.hover(points.point_inds[0]))
             cloud.on_click(lambda trace, points, state: points.point_inds and self.click(points.point_inds[0]))
@@ -254,10 +307,15 @@ class Explorer:
         h, at, fig = self.history, self.history.maps[self.epoch], self.figure
         with fig.batch_update():
             for cloud, kind, title in zip(fig.data, (self.left, self.right), fig.layout.annotations):
-                cloud.update(x=at[:, 0], y=at[:, 1], marker=_marker(h, kind, self.epoch, self.index, self.size))
+                cloud.update(x=at[:, 0], y=at[:, 1], marker=_marker(h, kind, self.epoch, self.index, self.size, self.memo))
                 title.text = kind
             fig.layout.shapes = []
+        if self.crops.value: self._draw_atlas()
         self.text.value = _headline(h, self.epoch)
+
+    def _draw_atlas(self):
+        "Draws the crops of the clusters in view on the left map, or takes them away: `crops` is their switch, and zooming in makes room for more."
+        self.figure.layout.images = _atlas_images(self.history, self.epoch, self.index, self.figure) if self.crops.value else []
 
     def hover(self,
               point: int):  # place among the points of the map
@@ -282,7 +340,7 @@ class Explorer:
         play = widgets.Play(min=0, max=len(self.history.epochs) - 1, value=self.epoch, interval=1200)
         play.observe(lambda c: setattr(self.slider, 'value', c.new), 'value')
         self.slider.observe(lambda c: setattr(play, 'value', c.new), 'value')
-        return _panel([widgets.HBox([play, self.slider, *self.menus]), self.text, self.figure, self.card, self.page], self.picture)
+        return _panel([widgets.HBox([play, self.slider, *self.menus, self.crops]), self.text, self.figure, self.card, self.page], self.picture)
 
     def picture(self):
         "A still picture of the same epoch: the bytes of a PNG."
@@ -296,16 +354,16 @@ def _headline(history, e):
     signs = [f'{len(np.unique(labels[labels >= 0]))} clusters', _count(int((labels < 0).sum()), 'outlier')]
     row = next((r for r in history.rows if r.get('epoch') == history.epochs[e]), {})
     signs += [f'NMI with {name} {row[key]:.2f}' for key, name in (('nmi', 'people'), ('camera_nmi', 'cameras')) if row.get(key) is not None]
-    few = _few(history.labels[-1, history.index])
     if len(history.index) < n: signs.append(f'{len(history.index):,} of {n:,} images, drawn at random')
-    return f'<b>epoch {history.epochs[e] + 1}</b>: {" · ".join(signs)}{few.replace("largest in colour", "largest clusters in colour")}. Crosses are outliers. Point: the image and its path; click: its cluster, and the path on both maps.'
+    return f'<b>epoch {history.epochs[e] + 1}</b>: {" · ".join(signs)}. Crosses are outliers. Point: the image and its path; click: its cluster, and the path on both maps.'
 
 # %% ../nbs/05b_widgets.ipynb #74eda752
 def explore(history: History,  # with maps; `read_history(run, split)`
             max_points: int = 30_000,  # draw at most so many
+            blur_faces: bool = False,  # blur the upper quarter of every crop
            ):                  # a widget; its stored form is a picture
     "Two linked maps of a run with a slider over its epochs; pointing shows an image and its path, a click opens its cluster. ValueError for a run without maps."
-    view = Explorer(history, max_points)
+    view = Explorer(history, max_points, blur_faces=blur_faces)
     panel = view.panel()
     panel.view = view
     return panel
@@ -315,13 +373,14 @@ def explore_map(xy,                 # map (N, 2)
                 labels,             # (N,) int, OUTLIER = -1
                 confidence=None,    # (N,) in [0, 1]; None: all 1
                 split=None,         # images (`image(i)`), `pids`, `camids`; None: without
-                max_points: int = 30_000):  # draw at most so many
+                max_points: int = 30_000,  # draw at most so many
+                blur_faces: bool = False):  # blur the upper quarter of every crop
     "`explore` for one map."
     labels = _per_point('labels', labels, len(xy))
     confidence = np.ones(len(xy)) if confidence is None else _per_point('confidence', confidence, len(xy))
     known = lambda v: None if v is None or not (np.asarray(v) >= 0).any() else np.asarray(v)
     return explore(History(np.zeros(1, int), labels[None], confidence[None], [], np.arange(len(xy)), np.asarray(xy, np.float32)[None],
-                           known(getattr(split, 'camids', None)), known(getattr(split, 'pids', None)), split), max_points)
+                           known(getattr(split, 'camids', None)), known(getattr(split, 'pids', None)), split), max_points, blur_faces)
 
 # %% ../nbs/05b_widgets.ipynb #5e754813
 def evolution_figure(history: History,  # with maps

@@ -78,6 +78,21 @@ def open_cluster(page):
     raise AssertionError('no dot of the map could be clicked')
 
 
+def show_crops(page):
+    "Turns the crops of the map on; the boxes (x, y, width, height) in which the page draws them."
+    x, y, w, h = page.place('[...document.querySelectorAll("button")].find(e => e.textContent.trim() === "crops on the map")')
+    page.click(x + w / 2, y + h / 2)
+    page.until('document.querySelectorAll(".imagelayer-above image, .layer-above image").length >= 2', 60)
+    time.sleep(1)
+    return page.js('[...document.querySelectorAll(".imagelayer-above image, .layer-above image")].map(e => e.getBoundingClientRect()).map(r => [r.x, r.y, r.width, r.height])')
+
+
+def overlaps(boxes, slack=1):
+    "How many pairs of boxes share more than a pixel each way."
+    return sum(min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0]) > slack and min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1]) > slack
+               for i, a in enumerate(boxes) for b in boxes[:i])
+
+
 def test_step_through(lab, page, shot):
     address, _ = lab
     page.open(address, 'nbs/tutorials/step_through.ipynb')
@@ -100,7 +115,10 @@ def test_evolution(lab, page, shot):
     move(page, 'epoch')
     page.until(f'{text}.startsWith("epoch 15")', 60)
     shot('evolution_slider')
-    opened = open_cluster(page)
+    crops = show_crops(page)
+    assert len(crops) >= 10 and overlaps(crops) == 0
+    shot('evolution_atlas')
+    opened = open_cluster(page)                                         # dots under and beside the crops still answer
     assert 'in epoch 15' in opened
     assert page.js('document.querySelectorAll(".ccc-cluster img").length') >= 1
     assert page.js('[...document.querySelectorAll(".widget-html-content")].some(e => e.textContent.includes("path") && e.querySelector("img"))')     # the hovered image's card

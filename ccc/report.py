@@ -55,7 +55,7 @@ def settings_table(told: dict) -> str:  # config.json -> Markdown
 def epochs_table(rows: list) -> str:  # lines of metrics.jsonl -> Markdown
     "The numbers of all epochs; columns that no epoch has are left out."
     columns = [('clusters', 'n_clusters', '{:d}'), ('outliers', 'n_outliers', '{:d}'), ('churn', 'churn', '{:.3f}'), ('NMI', 'nmi', '{:.3f}'), ('ARI', 'ari', '{:.3f}'), ('purity', 'purity', '{:.3f}'),
-               ('camera NMI', 'camera_nmi', '{:.3f}'), ('loss', 'loss', '{:.3f}'), ('mAP', 'mAP', '{:.1%}'), ('Rank-1', 'rank1', '{:.1%}')]
+               ('camera NMI', 'camera_nmi', '{:.3f}'), ('AMI', 'ami', '{:.3f}'), ('camera AMI', 'camera_ami', '{:.3f}'), ('loss', 'loss', '{:.3f}'), ('mAP', 'mAP', '{:.1%}'), ('Rank-1', 'rank1', '{:.1%}')]
     columns = [c for c in columns if any(r.get(c[1]) is not None for r in rows)]
     lines = ['| ' + ' | '.join([str(r['epoch'] + 1), *('' if r.get(key) is None else form.format(r[key]) for _, key, form in columns), f'{sum(r.get("seconds", {}).values()):.0f}']) + ' |' for r in rows]
     return '\n'.join(['| epoch | ' + ' | '.join(name for name, _, _ in columns) + ' | seconds |', '|---' * (len(columns) + 2) + '|', *lines])

@@ -214,3 +214,16 @@ def test_order_does_not_take_a_longer_network(source):
     foreign = {f'x{i}.{n.rsplit(".", 1)[-1]}': t for i, (n, t) in enumerate(source.trunk.items()) if 'num_batches' not in n}
     assert load_weights(build_backbone('resnet18', None), foreign | {'y.weight': torch.ones(5, 512)}).by == 'order'
     with pytest.raises(ValueError, match='none of its'): load_weights(build_backbone('resnet18', None), foreign | {'y.weight': torch.ones(5, 512, 1, 1)})
+
+
+def test_the_command_takes_a_part_only_when_asked(source, tmp_path, capsys):
+    from ccc.cli import main
+    part = {n: t for n, t in source.trunk.items() if not n.startswith('layer4')}
+    torch.save(dict(state_dict=part), tmp_path / 'part.pth')
+    command = f'train --recipe city --subset-ids 10 --height 32 --width 16 --iters 1 --num-epochs 1 --num-clusters 10 --jaccard-k1 8 --batch-size 16 --eval-start-epoch 9 --device cpu'.split()
+    command += ['--log-dir', str(tmp_path / 'logs'), '--resnet-pretrained', str(tmp_path / 'part.pth')]
+    assert main(command) != 0
+    said = capsys.readouterr().err
+    assert '--allow-partial' in said and 'layer4.0.conv1.weight' in said and len(said.strip().splitlines()) == 1
+    assert main([*command, '--allow-partial']) == 0
+    assert 'trunk' in capsys.readouterr().out and list((tmp_path / 'logs').rglob('epoch_000.pt'))

@@ -70,6 +70,11 @@ class TrainOptions:
     config: Config  # all settings
     resume: Path | None = None  # go on with the run in this folder; settings that do not decide its weights may be given anew, as --num-epochs, --root-dir, --device
     print_config: bool = False  # show the settings and the command that gives them, and stop
+    label_maker: str | None = None  # a label maker of your own, module:object (`ccc.parts`); the next four likewise
+    memory: str | None = None  # module:object, PseudoLabels -> nn.Module
+    sampler: str | None = None  # module:object, (labels, camids, config, epoch) -> batches of positions
+    augment: str | None = None  # module:object, (images, generator) -> images
+    loss: str | None = None  # module:object, (z, y, camids, positions) -> scalar, added to the memory's
 
 def train_options(args: list) -> TrainOptions:  # words after `ccc train`
     "Settings and wishes of `ccc train`."
@@ -100,8 +105,10 @@ def train(args: list):  # words after `ccc train`
     if options.print_config: return print_config(options.config)
     check_places(options.config)
     from ccc.training import fit
-    if options.resume is None: fit(options.config)
-    else: fit(resume=options.resume, **changes(options.config, settings_of(options.resume)))
+    from ccc.parts import Parts
+    parts = Parts.load(**{f.name: getattr(options, f.name) for f in fields(Parts)})
+    if options.resume is None: fit(options.config, **vars(parts))
+    else: fit(resume=options.resume, **vars(parts), **changes(options.config, settings_of(options.resume)))
 
 # %% ../nbs/10_cli.ipynb #3a996a4f
 def settings_of(run: Path) -> Config:  # folder of a run

@@ -83,14 +83,28 @@ def _harmonic(z, like, pair, n):
 # %% ../nbs/06_memory.ipynb #5413b6e5
 RULES = ('cm', 'cm_hard', 'cm_camera', 'cm_hard_camera', 'tccl_camera', 'hd_camera')
 
+# %% ../nbs/06_memory.ipynb #55f2252a
+def _own_updates(rule, z, y, camids, centroids):
+    "The updates of a rule that is a function: one for each centroid to which it gives another vector, as `pick_updates`."
+    vectors = rule(z, y.to(z.device), camids.to(z.device), centroids)
+    if not isinstance(vectors, torch.Tensor) or vectors.shape != centroids.shape:
+        what = tuple(vectors.shape) if isinstance(vectors, torch.Tensor) else type(vectors).__name__
+        raise ValueError(f"rule must give a tensor (K, D) = {tuple(centroids.shape)}, got {what}")
+    vectors = vectors.to(centroids)
+    finite, moved = vectors.isfinite().all(), (vectors != centroids).any(1) & (vectors != 0).any(1)
+    if not finite: raise ValueError(f"rule must give finite vectors, got {int((~vectors.isfinite()).any(1).sum())} rows with NaN or infinity")
+    clusters = moved.nonzero().ravel()
+    return vectors[clusters], clusters, torch.full_like(clusters, -1)
+
 # %% ../nbs/06_memory.ipynb #2f09e115
 def pick_updates(z,          # embeddings (B, D), unit norm
                  y,          # their clusters (B,) int64 in [0, K), on the device of z or in main memory
                  camids,     # their cameras (B,) int64, where y is
                  centroids,  # memory before this batch (K, D)
-                 rule: str,  # one of `RULES`
+                 rule,       # one of `RULES`, or a function (z, y, camids, centroids) -> (K, D)
                 ) -> tuple:  # vectors (U, D) in the order of their turn; cluster each goes to (U,), where y is; row of z it is (U,), -1 = a centre
-    "What updates the memory under `rule`: CHD of arXiv 2408.09464 (`hd_camera`), or one of the five other rules."
+    "What updates the memory under `rule`: CHD of arXiv 2408.09464 (`hd_camera`), one of the five other rules, or your own."
+    if callable(rule): return _own_updates(rule, z, y, camids, centroids)
     cluster, first_of_cluster = _by_appearance(y)                     # groups depend on y and camids alone: they are made where those are
     cameras, cam = torch.unique(camids, return_inverse=True)
     pair, first = _by_appearance(y * len(cameras) + cam)              # (cluster, camera)
@@ -150,7 +164,7 @@ class ClusterMemory(nn.Module):
                  centroids,                  # (K, D) float, finite, no zero row; copied and scaled to unit norm
                  temperature: float = 0.05,  # divides the logits; > 0
                  momentum: float = 0.1,      # share of the old centroid kept by an update, in [0, 1]
-                 rule: str = 'hd_camera',    # what updates a centroid, one of `RULES`
+                 rule='hd_camera',           # what updates a centroid: one of `RULES`, or a function (z, y, camids, centroids) -> (K, D)
                  camera_weight: bool = True, # weight the loss by camera information entropy
                  check: bool = True,         # look at the values of each batch, for which the host waits; False: embeddings that are not finite give a loss of NaN
                 ):
@@ -166,7 +180,8 @@ class ClusterMemory(nn.Module):
         gate.number('momentum', momentum, 0, 1)
         gate.switch('camera_weight', camera_weight)
         gate.switch('check', check)
-        if rule not in RULES: raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
+        if not callable(rule) and (not isinstance(rule, str) or rule not in RULES):
+            raise ValueError(f"rule must be a function or one of {', '.join(RULES)}, got {rule!r}")
         self.temperature, self.momentum, self.rule, self.camera_weight, self.check = temperature, momentum, rule, camera_weight, check
         self.register_buffer('centroids', F.normalize(centroids, dim=1))
 

@@ -34,7 +34,9 @@ def open_run(run,              # folder of a run
         if dataset.fingerprint() != told['data'].get('fingerprint'): dataset = missing.append('the images have changed since: not shown')
     except (OSError, ValueError) as e: missing.append(f'the images are not at hand ({e}): no crops, no identities')
     history = read_history(run, None if dataset is None else dataset.train)
-    if network and dataset is not None and any(RunFolder(run).checkpoint_dir.glob('*.pt')): trainer = Trainer.resume(run, dataset)
+    own_parts = RunFolder(run).parts
+    if network and own_parts: missing.append(f'parts of the run\'s own ({", ".join(own_parts)}): no galleries, errors or similarity maps')
+    elif network and dataset is not None and any(RunFolder(run).checkpoint_dir.glob('*.pt')): trainer = Trainer.resume(run, dataset)
     elif network: missing.append('no checkpoint in the run: no galleries, errors or similarity maps')
     for known, what in ((history.pids, 'identities: no NMI, purity or right and wrong'), (history.camids, 'cameras: no camera entropy or matrix'), (history.maps, 'maps (the run was trained with maps=False)')):
         if known is None: missing.append(f'no {what}')

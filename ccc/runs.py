@@ -27,6 +27,7 @@ import torch
 from .config import NUMERICS, Config, departures
 from .data import write_file
 from .engine import any_process, arithmetic, what_varies
+from .labels import PseudoLabels
 
 # %% ../nbs/08d_runs.ipynb #8a969d06
 def new_run(config: Config) -> Path:  # `log_dir`, `recipe`, `seed`
@@ -84,13 +85,16 @@ def _version(package):
 def _device_name(device): return torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.processor() or platform.machine()
 
 # %% ../nbs/08d_runs.ipynb #3697ac55
-def describe_run(config: Config, dataset, engine) -> dict:  # what config.json holds
+def describe_run(config: Config, dataset, engine,
+                 parts: dict | None = None,  # those that are not the method's own, as of `ccc.parts.Parts.describe`
+                ) -> dict:  # what config.json holds
     "Everything needed to repeat a run, and to see why a repetition differs."
     packages = 'ccc-reid torch torchvision numpy scipy scikit-learn accelerate umap-learn faiss-gpu faiss-cpu timm pillow'.split()
-    found = {p: _version(p) for p in packages}
+    versions = {p: _version(p) for p in packages}
     splits = {n: len(getattr(dataset, n)) for n in ('train', 'query', 'gallery')}
     return dict(config=asdict(config), seed=config.seed, numerics=NUMERICS, commit=_commit(), data=dict(fingerprint=dataset.fingerprint(), **splits),
-                versions=dict(python=platform.python_version(), **{p: v for p, v in found.items() if v}),
+                versions=dict(python=platform.python_version(), **{p: v for p, v in versions.items() if v}),
+                parts=parts or {},
                 device=engine.device.type, device_name=_device_name(engine.device), processes=engine.num_processes, arithmetic=arithmetic(config, engine.device),
                 leaves_recipe=departures(config), what_varies=what_varies(config, engine))
 
@@ -151,6 +155,13 @@ class RunFolder:
             raise ValueError(f'{self.path / "config.json"} must hold the settings of a run of this version, got {type(e).__name__}: {e}') from e
 
     @property
+    def parts(self) -> dict:  # part: text
+        "The parts that are not the method's own, as of `ccc.parts.Parts.describe`."
+        parts = self.metadata.get('parts', {})
+        if not isinstance(parts, dict): raise ValueError(f'{self.path / "config.json"} must hold an object of parts, got {parts!r}')
+        return parts
+
+    @property
     def n_images(self) -> int:
         "How many training images the run labels."
         n = self.metadata['data'].get('train')
@@ -193,6 +204,51 @@ class RunFolder:
     def write_metadata(self, metadata: dict):
         "Writes `config.json` anew."
         write_file(self.path / 'config.json', lambda f: f.write(json.dumps(metadata, indent=1).encode()))
+
+    def record(self, row: dict, arrays: dict):  # of metrics.jsonl; labels, confidence, perhaps map, map_index and camids
+        "Keeps an epoch: its labels, then its line."
+        path = self.path / 'labels' / f'epoch_{row["epoch"]:03d}.npz'
+        write_file(path, lambda f: np.savez_compressed(f, **arrays))
+        write_metrics(self.path, [*self.rows, row])
+
+    def labels_and_map(self, epoch: int, n: int) -> tuple:  # images -> `PseudoLabels` without centroids, map; None where there is none
+        "What the folder holds of an epoch, for a run that goes on after it."
+        path = self.path / 'labels' / f'epoch_{epoch:03d}.npz'
+        if not path.exists(): return None, None
+        arrays = read_arrays(path, n)
+        return PseudoLabels(arrays['labels'], arrays['confidence'], None), arrays.get('map')
+
+    def checkpoint_path(self, ckpt_dir: str, epoch: int, step: int) -> Path:  # epochs and steps done
+        "The file of a checkpoint; `progress` reads its name."
+        name = f'epoch_{epoch:03d}_step_{step:05d}' if step else f'epoch_{epoch - 1:03d}'
+        return self.checkpoints_under(ckpt_dir) / f'{name}.pt'
+
+    def save(self, path: Path, content: dict,  # of `checkpoint_path`; as of `read_checkpoint`
+             keep_evaluated: bool = False):  # keep the checkpoint of every evaluated epoch
+        "Writes a checkpoint; the best one a second time as best.pt. Keeps the last two, and drops the others."
+        scores = {r['epoch']: r['mAP'] for r in self.rows if 'mAP' in r}
+        epochs, steps = progress(path)
+        if not steps and scores and max(scores, key=scores.get) == epochs - 1: write_checkpoint(path.with_name('best.pt'), content)
+        write_checkpoint(path, content)
+        paths = checkpoints(path.parent)
+        whole = [p for p in paths if progress(p)[1] == 0]
+        evaluated = [p for p in whole if keep_evaluated and progress(p)[0] - 1 in scores]
+        for old in set(paths) - {*whole[-2:], *evaluated, paths[-1]}: drop_checkpoint(old)
+
+    def checkpoint(self, ckpt_dir: str, which: str = 'last') -> dict | None:  # last or best; None if there is none
+        "The content of a checkpoint; looked for where the run put it if `ckpt_dir` has none."
+        folder = self.checkpoint_dir
+        if not checkpoints(folder): folder = self.checkpoints_under(ckpt_dir)         # they were moved there
+        return read_checkpoint(folder / 'best.pt') if which == 'best' else newest_checkpoint(folder)
+
+    def go_on(self, config: Config, epoch: int, saved: tuple):  # settings from now on; epochs done; (epochs, steps) of the state in memory
+        "Notes changed settings; cuts lines and sets aside checkpoints that come after the state in memory: their epochs are done again, or they could not be read."
+        self.change(config, epoch)
+        folder = self.checkpoints_under(config.ckpt_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_metrics(self.path, [r for r in self.rows if r['epoch'] < epoch])
+        for path in checkpoints(folder):
+            if progress(path) > saved: path.rename(path.with_suffix('.pt.set_aside'))
 
     def change(self, config: Config, epoch: int):  # settings from now on; epochs done
         "Notes that the run goes on under other settings, none of which decides its weights."

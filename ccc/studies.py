@@ -279,11 +279,11 @@ def try_pace(config: Config) -> float:  # seconds an epoch, without the label st
     embed = (time.perf_counter() - start) / len(x)
     y = np.random.default_rng(0).integers(config.batch_size // config.num_instances, size=n).astype(np.int32)
     centroids = np.random.default_rng(0).normal(size=(y.max() + 1, x.shape[1])).astype(np.float32)
-    t.begin(PseudoLabels(y, np.ones(n, np.float32), centroids))
+    t.stages.begin(PseudoLabels(y, np.ones(n, np.float32), centroids))
     batches = list(enumerate(epoch_batches(y, t.dataset.train.camids, replace(config, iters=2), 0)))
-    t.train_batch(*batches[0])
+    t.stages.train_batch(*batches[0])
     start = time.perf_counter()
-    t.train_batch(*batches[1])
+    t.stages.train_batch(*batches[1])
     step = time.perf_counter() - start
     return n * embed + config.iters * step + (len(t.dataset.query) + len(t.dataset.gallery)) * embed / config.eval_step_epoch
 

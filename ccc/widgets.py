@@ -456,12 +456,15 @@ def _headline_short(history):
     labels, m = history.labels[-1], len(history.index)
     return f'{len(np.unique(labels[labels >= 0]))} clusters, {_count(int((labels < 0).sum()), "outlier")}' + ('' if m == len(labels) else f'; {m:,} of {len(labels):,} images')
 
-def live_panel():  # -> watch(trainer, row)
-    "A function for `Trainer.fit(watch=…)` that keeps one picture of the run up to date in a notebook."
-    from IPython.display import display
-    handle = []
-    def watch(trainer, row):
+class live_panel:
+    "A callback of `Trainer` that keeps one picture of the run up to date in a notebook."
+    def __init__(self):
+        self.handle = None
+
+    def after_epoch(self, trainer, row):
+        "Draws the picture anew in the same place."
+        from IPython.display import display
+        if not trainer.engine.is_main_process: return
         fig = plot_progress(trainer.run, trainer.dataset.train)
-        if handle: handle[0].update(fig)
-        else: handle.append(display(fig, display_id=True))
-    return watch
+        if self.handle is None: self.handle = display(fig, display_id=True)
+        else: self.handle.update(fig)

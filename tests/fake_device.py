@@ -217,7 +217,7 @@ def fake_gpu(monkeypatch, free=8 * 2**30, bf16=False):
                     get_device_capability=lambda d=None: (9, 0), _lazy_init=lambda: None, is_initialized=lambda: True, manual_seed_all=lambda s: None, empty_cache=lambda: None)
         for name, answer in cuda.items(): m.setattr(torch.cuda, name, answer)
         m.setattr(torch.optim.Optimizer, '_accelerator_graph_capture_health_check', lambda self: None, raising=False)
-        m.setattr('ccc.training.measured_peak', lambda *_: 1e12)
+        m.setattr('ccc.epoch.measured_peak', lambda *_: 1e12)
         real = torch.autocast.__init__
         m.setattr(torch.autocast, '__init__', lambda self, device_type, *a, **k: real(self, 'cpu' if device_type == 'cuda' else device_type, *a, **k))
         forget()

@@ -150,8 +150,8 @@ def test_warm_up_is_reused_and_changes_nothing(data, tmp_path, capsys):
     plain.fit()
     capsys.readouterr()
     other = make(data, tmp_path / 'c', clustering='kmeans', num_clusters=6, num_epochs=5, **how)
-    steps, real = [], other.train_batch
-    other.train_batch = lambda n, batch: steps.append(other.epoch) or real(n, batch)
+    steps, real = [], other.stages.train_batch
+    other.stages.train_batch = lambda n, batch: steps.append(other.epoch) or real(n, batch)
     other.fit()
     assert sorted(set(steps)) == [2, 3, 4] and 'warm-up of 2 epochs taken from' in capsys.readouterr().out
     same(other.run, plain.run)
@@ -253,11 +253,11 @@ def _whole(root, logs): fit(Config(**SETTINGS | dict(log_dir=logs)), None, tiny_
 def _stopped(root, logs):
     import signal
     t = Trainer(Config(**SETTINGS | dict(log_dir=logs)), tiny_data(Path(root)), tiny_net())
-    real = t.train_batch
+    real = t.stages.train_batch
     def train_batch(n, batch):
         if t.engine.process_index == 1 and (t.epoch, n) == (1, 1): signal.raise_signal(signal.SIGTERM)
         return real(n, batch)
-    t.train_batch = train_batch
+    t.stages.train_batch = train_batch
     try: t.fit()
     except KeyboardInterrupt: os.write(1, b'stopped\n')
 

@@ -24,7 +24,7 @@ from ccc.config import Config
 from ccc.data import ReIDDataset, Split, load_images, write_file
 from ccc.labels import PseudoLabels
 from ccc.runs import RunFolder, Stopped, checkpoints, newest_checkpoint, progress, read_checkpoint, read_metrics
-from ccc.training import Trainer, fit
+from ccc.training import Epoch, Trainer, fit
 from test_training import SETTINGS, make, numbers, tiny_data, tiny_net
 
 
@@ -139,12 +139,12 @@ def test_asked_to_stop(nursery, whole, tmp_path, number, code):
 
 def stop_at(trainer, epoch, step, number=signal.SIGTERM, times=1):
     "Sends this process a signal in the middle of a step."
-    real = trainer.train_batch
+    real = trainer.stages.train_batch
     def train_batch(n, batch):
         if (trainer.epoch, n) == (epoch, step):
             for _ in range(times): signal.raise_signal(number)
         return real(n, batch)
-    trainer.train_batch = train_batch
+    trainer.stages.train_batch = train_batch
     return trainer
 
 
@@ -155,14 +155,14 @@ def test_stop_in_an_epoch_is_taken_up_at_the_step(data, tmp_path):
     with pytest.raises(Stopped, match='saved after 2 epochs and 2 steps. Go on with: ccc train --resume') as stop: t.fit()
     assert stop.value.signal == signal.SIGTERM and progress(checkpoints(t.checkpoint_dir)[-1]) == (2, 2)
     again = Trainer.resume(t.run, data, tiny_net(8))
-    assert len(again.under_way.losses) == 2 and again.epoch == 2
+    assert len(again.state.under_way.losses) == 2 and again.epoch == 2
     again.fit()
     same(t.run, whole.run)
     assert all(progress(p)[1] == 0 for p in checkpoints(t.checkpoint_dir))       # the one in the middle is not needed any more
-    del t.train_batch
+    del t.stages.train_batch
     other = stop_at(make(data, tmp_path / 'c'), 1, 0)
     with pytest.raises(Stopped): other.fit()
-    del other.train_batch                                     # and without a new process, as in a notebook
+    del other.stages.train_batch                                     # and without a new process, as in a notebook
     other.fit()
     same(other.run, whole.run)
 
@@ -173,11 +173,12 @@ def test_stop_between_stages(data, tmp_path, monkeypatch):
     whole.fit()
     for stage in ('extract', 'make_labels', 'evaluate', 'record'):
         t = make(data, tmp_path / stage)
-        real = getattr(t, stage)
+        owner = t if stage == 'record' else t.stages
+        real = getattr(owner, stage)
         def stopping(*args, **kw):
             if t.epoch >= 2: signal.raise_signal(signal.SIGINT)
             return real(*args, **kw)
-        monkeypatch.setattr(t, stage, stopping)
+        monkeypatch.setattr(owner, stage, stopping)
         with pytest.raises(Stopped): t.fit()
         again = Trainer.resume(t.run, data, tiny_net(8))
         assert again.saved == ((2, 0) if stage == 'make_labels' else (1, 3))      # the first extraction of an evaluation comes before that of the next epoch
@@ -197,7 +198,7 @@ def test_a_second_sigterm_does_not_stop_the_saving(data, tmp_path, monkeypatch):
     monkeypatch.setattr(t, 'save', save)
     with pytest.raises(Stopped, match='saved after 2 epochs and 2 steps'): t.fit()
     again = Trainer.resume(t.run, data, tiny_net(8))
-    assert len(again.under_way.losses) == 2
+    assert len(again.state.under_way.losses) == 2
     again.fit()
     same(t.run, whole.run)
 
@@ -212,19 +213,19 @@ def test_asked_twice(data, tmp_path):
 @pytest.mark.parametrize('number, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_command_asked_to_stop(data, tmp_path, monkeypatch, capsys, number, code):
     "One line, with the command that goes on, and the exit code of the signal."
-    import ccc.training
+    import ccc.epoch
     from ccc.cli import main
     from ccc.experiments import command
-    monkeypatch.setattr(ccc.training, 'open_dataset', lambda config: data)
-    monkeypatch.setattr(ccc.training, 'make_network', lambda config: tiny_net())
-    real = Trainer.train_batch
-    monkeypatch.setattr(Trainer, 'train_batch', lambda t, n, batch: (signal.raise_signal(number) if (t.epoch, n) == (1, 1) else None, real(t, n, batch))[1])
+    monkeypatch.setattr(ccc.epoch, 'open_dataset', lambda config: data)
+    monkeypatch.setattr(ccc.epoch, 'make_network', lambda config: tiny_net())
+    real = Epoch.train_batch
+    monkeypatch.setattr(Epoch, 'train_batch', lambda t, n, batch: (signal.raise_signal(number) if (t.state.epoch, n) == (1, 1) else None, real(t, n, batch))[1])
     assert main(shlex.split(command(settings(tmp_path / 'logs')))[1:]) == code
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 1 and said[0].startswith(f'ccc train: stopped by {number.name}, saved after 1 epochs and 2 steps. Go on with: ccc train --resume ')
     monkeypatch.undo()
-    monkeypatch.setattr(ccc.training, 'open_dataset', lambda config: data)
-    monkeypatch.setattr(ccc.training, 'make_network', lambda config: tiny_net(7))
+    monkeypatch.setattr(ccc.epoch, 'open_dataset', lambda config: data)
+    monkeypatch.setattr(ccc.epoch, 'make_network', lambda config: tiny_net(7))
     assert main(shlex.split(said[0].split('Go on with: ccc ')[1])) == 0
     whole = make(data, tmp_path / 'whole')
     whole.fit()
@@ -258,10 +259,10 @@ def test_checkpoint_of_another_run(data, tmp_path):
     path = checkpoints(t.checkpoint_dir)[-1]
     for other, said in (dict(num_clusters=5), r'num_clusters 8 there and 5 here'), (dict(arch='resnet18'), "arch 'resnet50' there and 'resnet18' here"), (dict(lr=1.), r'lr 0.00035 there and 1.0 here'):
         b = Trainer(settings(tmp_path, **other), data, tiny_net())
-        b.run = t.run
+        b.folder = t.folder
         with pytest.raises(ValueError, match=said): b.load(path)
     wide = Trainer(t.config, data, torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(384, 16)))
-    wide.run = t.run
+    wide.folder = t.folder
     with pytest.raises(ValueError, match='network it was made of, got .*Missing key'): wide.load(path)
     with pytest.raises(ValueError, match='folder of a run with its config.json'): Trainer.resume(tmp_path, data)
 
@@ -324,16 +325,16 @@ def test_image_cache_faults(data, tmp_path):
 @pytest.mark.parametrize('what', ['loss', 'embedding', 'weight'])
 def test_nan_stops_with_the_batch(data, tmp_path, monkeypatch, what):
     t = make(data, tmp_path)
-    real = t.train_batch
+    real = t.stages.train_batch
     def poisoned(step, batch):
         if t.epoch == 1 and step == (2 if what == 'weight' else 1):
             if what == 'embedding': t.net.neck.weight.data[3] = float('nan')
             if what == 'loss':
-                import ccc.training
-                monkeypatch.setattr(ccc.training, 'train_step', lambda *a: torch.tensor(float('nan')))
+                import ccc.epoch
+                monkeypatch.setattr(ccc.epoch, 'train_step', lambda *a: torch.tensor(float('nan')))
             if what == 'weight': t.net.trunk[0].weight.register_hook(lambda g: g * float('inf'))
         return real(step, batch)
-    t.train_batch = poisoned
+    t.stages.train_batch = poisoned
     with pytest.raises(ValueError, match=r'epoch 2, step [23]: .*(finite).*kept as bad_batch.pt'): t.fit()
     kept = torch.load(t.run / 'bad_batch.pt', weights_only=True)
     assert kept['images'].shape == (16, 3, 16, 8) and kept['positions'].shape == kept['labels'].shape == (16,) and kept['epoch'] == 1
@@ -343,9 +344,9 @@ def test_nan_stops_with_the_batch(data, tmp_path, monkeypatch, what):
 
 @pytest.mark.parametrize('n', [0, 1])
 def test_no_cluster_or_one(data, tmp_path, monkeypatch, n):
-    import ccc.training
+    import ccc.parts
     labels = PseudoLabels(np.full(72, n - 1, np.int32), np.ones(72, np.float32), np.ones((n, 16), np.float32))
-    monkeypatch.setattr(ccc.training, 'make_labels', lambda x, **_: labels)
+    monkeypatch.setattr(ccc.parts, 'make_labels', lambda x, **_: labels)
     t = make(data, tmp_path)
     with pytest.raises(ValueError, match=f'two clusters to contrast, got {n} among 72 images'): t.fit()
     t = make(data, tmp_path, warmup_iters=2, dbscan_eps=1e-6, cluster_min_instances=30)       # the real thing: an impossible DBSCAN
@@ -403,7 +404,7 @@ def test_a_query_without_a_match(data, tmp_path):
 
 def test_fault_table_names_tests_that_exist():
     root = Path(__file__).parent.parent
-    table = (root / 'nbs/08_training.ipynb').read_text().split('| fault | what happens | shown by |')[1]
+    table = (root / 'nbs/08g_faults.ipynb').read_text().split('| fault | what happens | shown by |')[1]
     named = set(re.findall(r'`(?:(test_\w+\.py))?(?:::)(test_\w+)`', table))
     assert len(named) >= 15
     for file, test in named: assert f'def {test}(' in (root / 'tests' / (file or 'test_faults.py')).read_text(), test
@@ -500,7 +501,7 @@ def test_runs_under_one_ckpt_dir_are_kept_apart(data, tmp_path):
 @pytest.mark.parametrize('net', [torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(7, 4)), torch.nn.Flatten(0), torch.nn.Identity()])
 def test_a_network_that_does_not_take_the_size(data, tmp_path, net):
     t = make(data, tmp_path)
-    t.net = net
+    t.stages.net = net
     with pytest.raises(ValueError, match='height=16, width=8'): t.fit()
     assert t.run is None and not list(tmp_path.glob('*/config.json'))
 

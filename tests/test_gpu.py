@@ -256,11 +256,11 @@ def test_synchronisations_of_a_training_step(data, tmp_path, monkeypatch):
     net = tiny_net()
     with fake_gpu(monkeypatch) as gpu:
         t = Trainer(Config(**SETTINGS | dict(device='cuda', log_dir=str(tmp_path), iters=9)), data, net)
-        t.begin(t.make_labels(t.extract()))
+        t.stages.begin(t.make_labels(t.extract()))
         batch = np.arange(16)
-        t.train_batch(0, batch)
+        t.stages.train_batch(0, batch)
         gpu.start()
-        t.train_batch(1, batch)
+        t.stages.train_batch(1, batch)
         assert gpu.syncs <= MOST_SYNCS and gpu.kernels <= MOST_KERNELS, gpu.by_place()
 
 
@@ -270,12 +270,12 @@ def test_a_step_that_hands_over_labels_in_main_memory_waits_for_nothing(data, tm
     with fake_gpu(monkeypatch) as gpu:
         t = Trainer(Config(**SETTINGS | dict(device='cuda', log_dir=str(tmp_path))), data, net)
         labels = t.make_labels(t.extract())
-        t.begin(labels)
+        t.stages.begin(labels)
         memory, batch = ClusterMemory(labels.centroids, check=False).to(DEVICE), np.arange(16)
         y, cams = torch.as_tensor(labels.labels[batch]), torch.as_tensor(data.train.camids[batch])
         def step():
             dice = [torch.Generator().manual_seed(k) for k in range(2)]
-            return train_step(t.embed, memory, t.optimizer, augment_batch(t.images('train'), batch, dice, t.engine.device), y, cams, t.engine)
+            return train_step(t.stages.embed, memory, t.stages.optimizer, augment_batch(t.images('train'), batch, dice, t.engine.device), y, cams, t.engine)
         step()
         gpu.start()
         loss = step()

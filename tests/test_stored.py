@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ccc import training
+from ccc import parts
 from ccc.config import NUMERICS
 
 spec = importlib.util.spec_from_file_location('stored', Path(__file__).parents[1] / '.ci/stored.py')
@@ -32,8 +32,8 @@ def test_the_first_epochs_come_out_as_stored(name, monkeypatch):
 
 def test_another_augmentation_turns_it_red(monkeypatch):
     "Random erasing left out, everything else alike: the losses of the first epochs say so."
-    real = training.augment
-    monkeypatch.setattr(training, 'augment', lambda images, generator, **options: real(images, generator, erase=0, **options))
+    real = parts.augment
+    monkeypatch.setattr(parts, 'augment', lambda images, generator, **options: real(images, generator, erase=0, **options))
     said = stored.check_run(stored.STUDY, stored.stored_run('study', stored.STUDY))
     assert any('loss' in line for line in said), said
 

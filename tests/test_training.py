@@ -15,7 +15,7 @@ from ccc.backbone import Backbone, GeM
 from ccc.config import Config, evaluation_due, learning_rate
 from ccc.data import ReIDDataset, Split
 from ccc.labels import PseudoLabels
-from ccc.training import Trainer, checkpoints, label_options, rank_gallery, read_checkpoint, read_metrics, seed_for, write_file, write_metrics
+from ccc.training import Epoch, Trainer, checkpoints, label_options, rank_gallery, read_checkpoint, read_metrics, seed_for, write_file, write_metrics
 
 SETTINGS = dict(dataset='city', height=16, width=8, num_clusters=8, jaccard_k1=8, jaccard_k2=3, batch_size=16, num_instances=4, iters=3, num_epochs=4, warmup_iters=2,
                 warmup_with_dbscan=True, loss_with_camera=True, hdc_outlier=True, hdc_centroids=True, eval_step_epoch=2, maps=False, num_workers=1, image_cache='none', device='cpu', seed=3)
@@ -155,10 +155,10 @@ def nameless(split, folder):
     return replace(split, paths=np.array([str(p) for p in paths]))
 
 
-class Watched(Trainer):
+class Watched(Epoch):
     "Keeps every batch it is given."
     def train_batch(self, step, batch):
-        self.batches = [*getattr(self, 'batches', []), batch]
+        self.drawn = [*getattr(self, 'drawn', []), batch]
         return super().train_batch(step, batch)
 
 
@@ -166,11 +166,11 @@ def two_epochs(dataset, settings):
     "What training leaves: labels, losses and centroids of each epoch, all batches, the weights; and the trainer."
     trainer, left = Watched(Config(**SETTINGS | settings), dataset, tiny_net()), []
     for _ in range(2):
-        trainer.x = trainer.extract()
-        labels = trainer.make_labels(trainer.x)
-        row = trainer.train_epoch(labels)
-        left += [trainer.x, labels.labels, labels.confidence, labels.centroids, np.array(row['loss']), trainer.memory.centroids.numpy()]
-    return left + trainer.batches + [w.numpy() for w in trainer.net.state_dict().values()], trainer
+        trainer.state.x = trainer.extract()
+        labels = trainer.make_labels(trainer.state.x)
+        row = trainer.train(labels)
+        left += [trainer.state.x, labels.labels, labels.confidence, labels.centroids, np.array(row['loss']), trainer.state.memory.centroids.numpy()]
+    return left + trainer.drawn + [w.numpy() for w in trainer.net.state_dict().values()], trainer
 
 
 @pytest.mark.parametrize('poison', POISON)
@@ -196,7 +196,7 @@ def test_identities_are_never_read_in_training(data, tmp_path, method, poison):
 
 def test_a_label_maker_that_peeks_is_caught(data, monkeypatch):
     "The test above can fail: with a label maker that looks at identities, it would."
-    monkeypatch.setattr(Trainer, 'make_labels', lambda self, x: true_labels(self.dataset))
+    monkeypatch.setattr(Epoch, 'make_labels', lambda self, x: true_labels(self.dataset))
     shuffled = replace(data, train=replace(data.train, pids=POISON['shuffled'](data.train.pids)))
     (left, _), (other, _) = two_epochs(data, METHODS['hdc']), two_epochs(shuffled, METHODS['hdc'])
     assert not np.array_equal(left[1], other[1]) and not np.array_equal(left[6], other[6])     # labels of the first epoch, embeddings of the second
@@ -217,9 +217,9 @@ def test_a_whole_run_without_identities_keeps_the_same_files(data, tmp_path):
 
 
 def test_warm_up_then_method(data, tmp_path, monkeypatch):
-    import ccc.training
-    asked, real = [], ccc.training.make_labels
-    monkeypatch.setattr(ccc.training, 'make_labels', lambda x, **kw: asked.append(kw['method']) or real(x, **kw))
+    import ccc.parts
+    asked, real = [], ccc.parts.make_labels
+    monkeypatch.setattr(ccc.parts, 'make_labels', lambda x, **kw: asked.append(kw['method']) or real(x, **kw))
     make(data, tmp_path).fit()
     assert asked == ['dbscan', 'dbscan', 'hdc', 'hdc']
 

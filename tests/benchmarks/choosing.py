@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -39,8 +40,10 @@ def train(specs):
         layers = [m for i, o in ((3, 32), (32, 64), (64, 128)) for m in (nn.Conv2d(i, o, 3, 2, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())]
         c = recipe('city', num_clusters=int(k), seed=int(seed), maps=False, log_dir=str(FOLDER / spec.replace(':', '-')), lr=1e-3, iters=30, num_epochs=14, lr_steps=10, num_workers=1,
                    clustering=(clustering or ['hdc'])[0])
-        kept, trainer = [], Trainer(c, data, Backbone(nn.Sequential(*layers), GeM(), 128))
-        trainer.fit(watch=lambda t, row: kept.append(t.x))
+        kept = []
+        keep = SimpleNamespace(after_epoch=lambda trainer, row: kept.append(trainer.x))
+        trainer = Trainer(c, data, Backbone(nn.Sequential(*layers), GeM(), 128), callbacks=[keep])
+        trainer.fit()
         np.savez(FOLDER / f'{spec.replace(":", "-")}.npz', x=np.stack(kept), pids=data.train.pids)
 
 

@@ -76,7 +76,7 @@ def steps(args, config):
     for precision, last, compiled in itertools.product(('fp32', 'bf16'), ('off', 'on'), (False, True)):
         if compiled and args.no_compile: continue
         t = Trainer(replace(config, precision=precision, channels_last=last, compile=compiled, iters=args.warmup), data)
-        t._images['train'] = random_images(n, config).to(t.engine.device)
+        t.images.decoded['train'] = random_images(n, config).to(t.engine.device)
         own = replace(labels, centroids=np.random.default_rng(0).normal(size=(n // 16, t.net.dim)).astype(np.float32))
         if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
         t.train_epoch(own)
@@ -115,13 +115,13 @@ def epoch(args, config):
     with tempfile.TemporaryDirectory() as logs:
         config = replace(config, num_epochs=60, log_dir=logs, warmup_with_dbscan=False, warmup_iters=0, **({} if args.root is None else dict(root_dir=args.root)))
         t = Trainer(config, random_market(args.scale) if args.root is None else None)
-        if args.root is None: t._images = {s: random_images(len(getattr(t.dataset, s)), config).to(t.engine.device) for s in ('train', 'query', 'gallery')}
+        if args.root is None: t.images.decoded = {s: random_images(len(getattr(t.dataset, s)), config).to(t.engine.device) for s in ('train', 'query', 'gallery')}
         t.start()
         for _ in range(2):
             row = t.step()
             t.record(row)
         t.evaluate()
-        seconds = t.seconds
+        seconds = t.state.seconds
         print('| stage | seconds |\n|---|---|', *(f'| {k} | {v:.2f} |' for k, v in seconds.items()), sep='\n')
         each, rated = sum(v for k, v in seconds.items() if k not in ('evaluate', 'decode')), 13
         print(f'\n{row["speed"]}\n60 epochs and {rated} evaluations: {(60 * each + rated * seconds["evaluate"]) / 60:.1f} minutes')
@@ -166,7 +166,7 @@ def step_rates(args, config, compiled):
     data = random_market(max(.02, args.batch_size / 12936))
     n = len(data.train)
     t = Trainer(replace(config, compile=compiled, iters=args.warmup), data)
-    t._images['train'] = random_images(n, config).to(t.engine.device)
+    t.images.decoded['train'] = random_images(n, config).to(t.engine.device)
     labels = PseudoLabels((np.arange(n) % (n // 16)).astype(np.int32), np.ones(n, np.float32), np.random.default_rng(0).normal(size=(n // 16, t.net.dim)).astype(np.float32))
     if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
     start = timed(lambda: t.train_epoch(labels))[1]
@@ -184,7 +184,7 @@ def whole_run(args, config, until):
     with tempfile.TemporaryDirectory() as logs:
         config = replace(config, num_epochs=args.epochs, log_dir=logs, compile=args.compile, warmup_with_dbscan=False)
         t = Trainer(config, random_market(args.scale))
-        t._images = {s: people_images(getattr(t.dataset, s), config).to(t.engine.device) for s in ('train', 'query', 'gallery')}
+        t.images.decoded = {s: people_images(getattr(t.dataset, s), config).to(t.engine.device) for s in ('train', 'query', 'gallery')}
         start, sums = time.perf_counter(), {}
         t.start()
         while t.epoch < args.epochs and (time.perf_counter() < until or not t.epoch):

@@ -66,7 +66,7 @@ def test_a_published_command_is_its_recipe(name):
 
 
 def test_the_pasted_commands_are_all_the_benchmark_recipes():
-    assert PASTED.keys() == RECIPES.keys() - {'city', 'city-study', 'market1501-vit'} and len({str(recipe(n)) for n in PASTED}) == 10
+    assert PASTED.keys() == {n for n in RECIPES if n not in ('city', 'city-study', 'market1501-vit') and not n.endswith(('cluster-contrast', 'spcl-like'))} and len({str(recipe(n)) for n in PASTED}) == 10
 
 
 @pytest.mark.parametrize('clustering', ['dbscan', 'kmeans'])

@@ -19,6 +19,7 @@ import ccc.neighbors
 from ccc.cli import train_options
 from ccc.config import Config
 from ccc.data import CameraAwareSampler, augment
+from ccc.experiments import RECIPES, recipe
 from ccc.labels import PseudoLabels, make_labels
 from ccc.memory import RULES, ClusterMemory, pick_updates
 from ccc.parts import RECIPE_PARTS, Parts, describe_part, epoch_batches, load_part
@@ -292,8 +293,19 @@ def test_the_loop_fits_on_half_a_screen():
 
 
 def test_recipes_name_parts_that_exist():
+    assert RECIPE_PARTS and RECIPE_PARTS.keys() <= RECIPES.keys()
     for parts in RECIPE_PARTS.values():
-        for text in parts.values(): assert describe_part(load_part(text))
+        for text in parts.values(): assert describe_part(load_part(text)) == text
+
+
+@pytest.mark.parametrize('name', ['city-cluster-contrast', 'city-spcl-like'])
+def test_an_ancestor_trains_and_goes_on(data, tmp_path, name):
+    "Its part comes with the recipe, also when the run goes on."
+    settings = {k: v for k, v in SETTINGS.items() if k in ('height', 'width', 'jaccard_k1', 'jaccard_k2', 'batch_size', 'num_instances', 'iters', 'maps', 'num_workers', 'image_cache', 'device')}
+    t = Trainer(recipe(name, **settings, num_epochs=1, log_dir=str(tmp_path)), data, tiny_net())
+    t.fit()
+    assert t.folder.parts == RECIPE_PARTS.get(name, {}) and (t.labels.n_outliers == 0) >= ('spcl' in name)
+    assert len(Trainer.resume(t.run, data, tiny_net(), num_epochs=2).fit()) == 2
 
 
 # two processes

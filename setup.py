@@ -1,4 +1,5 @@
 "settings.ini -> setuptools, and every exported `ccc/_*_kernels.py` -> a compiled extension of the same name."
+
 import os
 import sys
 from configparser import ConfigParser
@@ -18,28 +19,55 @@ def lines(key):
 
 
 def kernels():
-    "The notebooks' kernels, compiled with OpenMP where the compiler has it; CCC_KERNELS=bounds or address builds them checked (`tests/checked.sh`)."
+    """The notebooks' kernels, compiled with OpenMP where the compiler has it; CCC_KERNELS=bounds or
+    address builds them checked (`tests/checked.sh`)."""
     from Cython.Build import cythonize
+
     openmp = {'win32': ['/openmp'], 'darwin': []}.get(sys.platform, ['-fopenmp'])
     kind = os.environ.get('CCC_KERNELS', 'fast')
     optimise = ['/O2'] if sys.platform == 'win32' else ['-O3'] if kind == 'fast' else ['-O1', '-g']
-    if kind == 'address': openmp = [*openmp, '-fsanitize=address']
+    if kind == 'address':
+        openmp = [*openmp, '-fsanitize=address']
     checks = kind == 'bounds'
-    extensions = [Extension(f'ccc.{path.stem}', [f'ccc/{path.name}'], extra_compile_args=optimise + openmp,
-                            extra_link_args=[] if sys.platform == 'win32' else openmp)
-                  for path in sorted((ROOT / 'ccc').glob('_*_kernels.py'))]
-    return cythonize(extensions, build_dir=f'build/cython-{kind}', language_level=3, compiler_directives=dict(
-        boundscheck=checks, wraparound=False, cdivision=True, initializedcheck=checks))
+    extensions = [
+        Extension(
+            f'ccc.{path.stem}',
+            [f'ccc/{path.name}'],
+            extra_compile_args=optimise + openmp,
+            extra_link_args=[] if sys.platform == 'win32' else openmp,
+        )
+        for path in sorted((ROOT / 'ccc').glob('_*_kernels.py'))
+    ]
+    return cythonize(
+        extensions,
+        build_dir=f'build/cython-{kind}',
+        language_level=3,
+        compiler_directives=dict(
+            boundscheck=checks, wraparound=False, cdivision=True, initializedcheck=checks
+        ),
+    )
 
 
 setup(
-    name=config['lib_name'], version=config['version'], description=config['description'],
-    author=config['author'], author_email=config['author_email'], url=config['git_url'], keywords=config['keywords'],
-    license='Apache-2.0', python_requires='>=' + config['min_python'],
-    long_description=(ROOT / 'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
-    packages=find_packages(include=['ccc', 'ccc.*']), package_data={'ccc': ['report.ipynb', 'city.npz']}, zip_safe=False,
+    name=config['lib_name'],
+    version=config['version'],
+    description=config['description'],
+    author=config['author'],
+    author_email=config['author_email'],
+    url=config['git_url'],
+    keywords=config['keywords'],
+    license='Apache-2.0',
+    python_requires='>=' + config['min_python'],
+    long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
+    long_description_content_type='text/markdown',
+    packages=find_packages(include=['ccc', 'ccc.*']),
+    package_data={'ccc': ['report.ipynb', 'city.npz']},
+    zip_safe=False,
     install_requires=lines('requirements'),
-    extras_require={extra: lines(f'{extra}_requirements') for extra in ('dev', 'timm', 'track', 'tables', 'export', 'notebook')},
+    extras_require={
+        extra: lines(f'{extra}_requirements')
+        for extra in ('dev', 'timm', 'track', 'tables', 'export', 'notebook')
+    },
     entry_points={'console_scripts': lines('console_scripts'), 'nbdev': ['ccc=ccc._modidx:d']},
     ext_modules=kernels(),
 )

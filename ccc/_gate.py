@@ -17,137 +17,217 @@ import joblib
 import numpy as np
 
 # %% ../nbs/02a_gate.ipynb #9a9afb74
-def require_gate(kernels,    # a module of compiled loops
-                 name: str):  # of a function that it has had since there is a gate
+def require_gate(
+    kernels,  # a module of compiled loops
+    name: str,  # of a function that it has had since there is a gate
+):
     "ImportError where an older build, which checks nothing, stands in front of the source."
-    if not hasattr(kernels, name): raise ImportError(f'{kernels.__name__} is an older build without checks of its input: run `python setup.py build_ext --inplace`')
+    if not hasattr(kernels, name):
+        raise ImportError(
+            f'{kernels.__name__} is an older build without checks of its input: run `python setup.py'
+            ' build_ext --inplace`'
+        )
 
-def whole(name: str,     # of the parameter, for the message
-          value,         # what was received
-          least: int = None, most: int = None,  # its range; None: no limit
-          ) -> int:
+
+def whole(
+    name: str,  # of the parameter, for the message
+    value,  # what was received
+    least: int = None,
+    most: int = None,  # its range; None: no limit
+) -> int:
     "The value as an int; ValueError where it is no whole number or outside its range."
-    rule = 'a whole number' + ('' if least is None else f' of at least {least}') + ('' if most is None else f' and at most {most}')
-    if not isinstance(value, Integral) or isinstance(value, (bool, np.bool_)): raise ValueError(f'{name} must be {rule}; got {value!r}')
-    if (least is not None and value < least) or (most is not None and value > most): raise ValueError(f'{name} must be {rule}; got {value}')
+    rule = (
+        'a whole number'
+        + ('' if least is None else f' of at least {least}')
+        + ('' if most is None else f' and at most {most}')
+    )
+    if not isinstance(value, Integral) or isinstance(value, (bool, np.bool_)):
+        raise ValueError(f'{name} must be {rule}; got {value!r}')
+    if (least is not None and value < least) or (most is not None and value > most):
+        raise ValueError(f'{name} must be {rule}; got {value}')
     return int(value)
 
-def number(name: str,        # of the parameter, for the message
-           value,            # what was received
-           least: float, most: float = np.inf,  # its range; the value must be finite in any case
-           ) -> float:
+
+def number(
+    name: str,  # of the parameter, for the message
+    value,  # what was received
+    least: float,
+    most: float = np.inf,  # its range; the value must be finite in any case
+) -> float:
     "The value as a float; ValueError where it is no finite number or outside its range."
     rule = f'a finite number of at least {least}' + ('' if most == np.inf else f' and at most {most}')
     real = isinstance(value, (Real, np.floating)) and not isinstance(value, (bool, np.bool_))
-    if not real or not (least <= value <= most and np.isfinite(float(value))): raise ValueError(f'{name} must be {rule}; got {value!r}')
+    if not real or not (least <= value <= most and np.isfinite(float(value))):
+        raise ValueError(f'{name} must be {rule}; got {value!r}')
     return float(value)
 
-def switch(name: str,  # of the parameter, for the message
-           value,      # what was received
-           ) -> bool:
+
+def switch(
+    name: str,  # of the parameter, for the message
+    value,  # what was received
+) -> bool:
     "The value as a bool; ValueError for anything but True and False."
-    if not isinstance(value, (bool, np.bool_)): raise ValueError(f'{name} must be True or False; got {value!r}')
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f'{name} must be True or False; got {value!r}')
     return bool(value)
 
 # %% ../nbs/02a_gate.ipynb #b8b44a26
-def indices(name: str,      # of the array, for the message
-            a: np.ndarray,  # int32 or int64
-            n: int):        # every value must lie in 0..n-1
+def indices(
+    name: str,  # of the array, for the message
+    a: np.ndarray,  # int32 or int64
+    n: int,  # every value must lie in 0..n-1
+):
     "ValueError where an index points beyond its array."
-    if a.size and not 0 <= a.min() <= a.max() < n: raise ValueError(f'{name} must lie in 0..{n - 1}; got {a.min()} to {a.max()}')
+    if a.size and not 0 <= a.min() <= a.max() < n:
+        raise ValueError(f'{name} must lie in 0..{n - 1}; got {a.min()} to {a.max()}')
 
-def offsets(name: str,       # of the array, for the message
-            ip: np.ndarray,  # (n + 1,) where each row begins, and the end
-            n: int,          # rows
-            end: int):       # stored entries
+
+def offsets(
+    name: str,  # of the array, for the message
+    ip: np.ndarray,  # (n + 1,) where each row begins, and the end
+    n: int,  # rows
+    end: int,  # stored entries
+):
     "ValueError where rows do not lie one after the other in the stored entries."
-    if len(ip) != n + 1: raise ValueError(f'{name} must hold {n + 1} offsets for {n} rows; got {len(ip)}')
+    if len(ip) != n + 1:
+        raise ValueError(f'{name} must hold {n + 1} offsets for {n} rows; got {len(ip)}')
     if ip[0] != 0 or ip[n] != end or not (ip[1:] >= ip[:-1]).all():
-        raise ValueError(f'{name} must rise from 0 to the {end} stored entries; got {ip[0]} to {ip[n]}{"" if (ip[1:] >= ip[:-1]).all() else ", falling in between"}')
+        raise ValueError(
+            f'{name} must rise from 0 to the {end} stored entries; got {ip[0]} to'
+            f' {ip[n]}{"" if (ip[1:] >= ip[:-1]).all() else ", falling in between"}'
+        )
+
 
 def same_length(**arrays):  # name -> array
     "ValueError where arrays that belong together differ in length."
     if len({len(a) for a in arrays.values()}) > 1:
-        raise ValueError(f"{', '.join(arrays)} must be of one length; got {', '.join(str(len(a)) for a in arrays.values())}")
+        raise ValueError(
+            f"{', '.join(arrays)} must be of one length; got"
+            f" {', '.join(str(len(a)) for a in arrays.values())}"
+        )
 
 # %% ../nbs/02a_gate.ipynb #824dd4e5
 def is_tensor(a) -> bool:
     "A torch tensor, known without importing torch."
     return hasattr(a, 'detach')
 
+
 def as_numpy(a):
     "NumPy of an array or of a tensor on any device; bfloat16, which NumPy lacks, as float32."
-    if not is_tensor(a): return a
+    if not is_tensor(a):
+        return a
     a = a.detach().cpu()
     return (a.float() if str(a.dtype) == 'torch.bfloat16' else a).numpy()
 
-def real_array(name: str,  # of the array, for the message
-               a,          # array, nested list, data frame or tensor
-               ) -> np.ndarray:  # real numbers of the type received; the caller's memory where it can be
+
+def real_array(
+    name: str,  # of the array, for the message
+    a,  # array, nested list, data frame or tensor
+) -> np.ndarray:  # real numbers of the type received; the caller's memory where it can be
     "One array of real numbers; ValueError for anything else."
-    if hasattr(a, 'tocsr'): raise ValueError(f'{name} must be a dense array; got a sparse {type(a).__name__}')
-    if np.ma.is_masked(a): raise ValueError(f'{name} must have no masked values; got {np.ma.count_masked(a)}')
-    try: a = np.asarray(as_numpy(a))
-    except (ValueError, TypeError, RuntimeError) as e: raise ValueError(f'{name} must be an array of numbers; got {type(a).__name__}: {e}') from None
-    if a.dtype.kind == 'O' and all(isinstance(v, Real) for v in a.flat): a = a.astype(np.float64)
-    if a.dtype.kind not in 'biuf': raise ValueError(f'{name} must hold real numbers; got dtype {a.dtype}')
+    if hasattr(a, 'tocsr'):
+        raise ValueError(f'{name} must be a dense array; got a sparse {type(a).__name__}')
+    if np.ma.is_masked(a):
+        raise ValueError(f'{name} must have no masked values; got {np.ma.count_masked(a)}')
+    try:
+        a = np.asarray(as_numpy(a))
+    except (ValueError, TypeError, RuntimeError) as e:
+        raise ValueError(f'{name} must be an array of numbers; got {type(a).__name__}: {e}') from None
+    if a.dtype.kind == 'O' and all(isinstance(v, Real) for v in a.flat):
+        a = a.astype(np.float64)
+    if a.dtype.kind not in 'biuf':
+        raise ValueError(f'{name} must hold real numbers; got dtype {a.dtype}')
     return a
 
 # %% ../nbs/02a_gate.ipynb #2734c93a
-def embeddings(x,              # (N, D) array, list or data frame
-               name: str = 'embeddings',  # for the message
-               ) -> np.ndarray:  # (N, D) float32, contiguous
+def embeddings(
+    x,  # (N, D) array, list or data frame
+    name: str = 'embeddings',  # for the message
+) -> np.ndarray:  # (N, D) float32, contiguous
     "Finite rows in float32; ValueError for any other."
     a = real_array(name, x)
-    if a.ndim != 2 or not a.shape[1]: raise ValueError(f'{name} must be (N, D); got shape {a.shape}')
-    with np.errstate(over='ignore'): x = np.ascontiguousarray(a, dtype=np.float32)
-    with np.errstate(over='ignore'): quick = np.isfinite(np.einsum('nd,nd->n', x, x)).all()      # NaN and infinity reach the norm
-    if not quick: all_finite(lambda: np.isfinite(x).all(axis=1), name)
+    if a.ndim != 2 or not a.shape[1]:
+        raise ValueError(f'{name} must be (N, D); got shape {a.shape}')
+    with np.errstate(over='ignore'):
+        x = np.ascontiguousarray(a, dtype=np.float32)
+    with np.errstate(over='ignore'):
+        quick = np.isfinite(np.einsum('nd,nd->n', x, x)).all()  # NaN and infinity reach the norm
+    if not quick:
+        all_finite(lambda: np.isfinite(x).all(axis=1), name)
     return x
 
-def all_finite(finite,  # () -> (N,) bool: which rows are finite
-               name: str = 'embeddings'):  # for the message
+
+def all_finite(
+    finite,  # () -> (N,) bool: which rows are finite
+    name: str = 'embeddings',  # for the message
+):
     "ValueError where a row is not finite."
     wrong = ~finite()
-    if wrong.any(): raise ValueError(f'{name} must be finite in float32; {int(wrong.sum())} of {len(wrong)} rows hold NaN, infinity or larger numbers')
+    if wrong.any():
+        raise ValueError(
+            f'{name} must be finite in float32; {int(wrong.sum())} of {len(wrong)} rows hold NaN, infinity or'
+            ' larger numbers'
+        )
+
 
 def within_squares(*parts):  # (N, D) float32 arrays or tensors, finite
-    "The same times one power of two, exactly, where squares would leave float32; and its exponent: x = result * 2 ** exponent."
+    """The same times one power of two, exactly, where squares would leave float32; and its exponent: x =
+    result * 2 ** exponent."""
     most = max([max(float(x.max()), -float(x.min())) for x in parts if len(x)], default=0)
-    if most == 0 or 1e-15 < most < 1e15: return *parts, 0
+    if most == 0 or 1e-15 < most < 1e15:
+        return *parts, 0
     exponent = int(np.frexp(most)[1])
-    first = exponent // 2                                         # in two steps: 2 ** -128 itself is not exact in float32
-    return *[x * 2. ** -first * 2. ** (first - exponent) for x in parts], exponent
+    first = exponent // 2  # in two steps: 2 ** -128 itself is not exact in float32
+    return *[x * 2.0**-first * 2.0 ** (first - exponent) for x in parts], exponent
 
-def finite_norms(squares,          # (N,) squared norms
-                 finite,           # () -> (N,) bool: which rows are finite themselves; asked only where there is something to say
-                 name: str = 'embeddings'):  # for the message
+
+def finite_norms(
+    squares,  # (N,) squared norms
+    finite,  # () -> (N,) bool: which rows are finite themselves; asked only where there is something to say
+    name: str = 'embeddings',  # for the message
+):
     "ValueError where a squared distance would not be finite in float32."
     most = np.finfo(np.float32).max / 4
-    if not len(squares) or bool((squares <= most).all()): return       # NaN fails
+    if not len(squares) or bool((squares <= most).all()):
+        return  # NaN fails
     all_finite(finite, name)
     n = len(squares)
-    raise ValueError(f'{name} must be small enough for squared distances in float32: norms up to {most ** .5:.1e}; '
-                     f'{int((~(squares <= most)).sum())} of {n} rows are larger: scale them, to unit norm for instance')
+    raise ValueError(
+        f'{name} must be small enough for squared distances in float32: norms up to {most**0.5:.1e};'
+        f' {int((~(squares <= most)).sum())} of {n} rows are larger: scale them, to unit norm for instance'
+    )
 
 # %% ../nbs/02a_gate.ipynb #53549a7e
 def _started_by_fork():
-    "Was this process forked by multiprocessing from one that runs other code? Its children by spawn and forkserver are not."
-    return multiprocessing.parent_process() is not None and not any(w in a for a in sys.orig_argv for w in ('--multiprocessing-fork', 'forkserver', 'loky'))
+    """Was this process forked by multiprocessing from one that runs other code? Its children by spawn and
+    forkserver are not."""
+    return multiprocessing.parent_process() is not None and not any(
+        w in a for a in sys.orig_argv for w in ('--multiprocessing-fork', 'forkserver', 'loky')
+    )
+
 
 _process = {'forked': _started_by_fork()}
-if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=lambda: _process.update(forked=True))
+if hasattr(os, 'register_at_fork'):
+    os.register_at_fork(after_in_child=lambda: _process.update(forked=True))
+
 
 def one_thread_after_fork():
-    "In a forked child: one thread for each OpenMP library, since those of the parent are gone; elsewhere nothing."
-    if not _process['forked']: return
+    """In a forked child: one thread for each OpenMP library, since those of the parent are gone; elsewhere
+    nothing."""
+    if not _process['forked']:
+        return
     from threadpoolctl import threadpool_limits
-    threadpool_limits(1, user_api='openmp')
-    if 'torch' in sys.modules: sys.modules['torch'].set_num_threads(1)
 
-def threads(n_threads: int,  # 0 or less: every core this process may use
-            parts: int,      # of work: more threads have nothing to do
-            ) -> int:
+    threadpool_limits(1, user_api='openmp')
+    if 'torch' in sys.modules:
+        sys.modules['torch'].set_num_threads(1)
+
+
+def threads(
+    n_threads: int,  # 0 or less: every core this process may use
+    parts: int,  # of work: more threads have nothing to do
+) -> int:
     "The number of threads to start: one in a forked child."
-    if _process['forked']: return 1
+    if _process['forked']:
+        return 1
     return max(1, min(n_threads if n_threads > 0 else joblib.cpu_count(), parts, 1024))

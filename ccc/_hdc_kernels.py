@@ -13,7 +13,8 @@ import numpy as np
 import ccc._gate as gate
 
 # %% ../nbs/04a_hdc_kernels.ipynb #68ffe022
-_Index = cython.fused_type(cython.int, cython.longlong)    # graphs of 2**31 stored pairs and more use 64-bit offsets
+# graphs of 2**31 stored pairs and more use 64-bit offsets
+_Index = cython.fused_type(cython.int, cython.longlong)
 _I1 = cython.typedef(cython.const[cython.int][::1])
 _F1 = cython.typedef(cython.const[cython.float][::1])
 _L1 = cython.typedef(cython.const[cython.longlong][::1])
@@ -49,12 +50,27 @@ def _inside(r: cython.longlong, size: cython.Py_ssize_t) -> cython.bint:
         return cython.cast(cython.ulonglong, r) < cython.cast(cython.ulonglong, size)
     return 0 <= r < size
 
+
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
-def _candidates(i: cython.Py_ssize_t, t: cython.Py_ssize_t, ip: cython.const[_Index][::1], ix: cython.const[_Index][::1], a: _F1, place: _I1, m: _F1, strongest: _B1,
-                near: _MI2, clusters: _MI2, need: _MF2, value: _MF2, who: _MI2) -> cython.int:
-    "Note the clusters whose strongest member is a neighbour of i, represented by it; return their number, -1 for a column beyond the graph."
+def _candidates(
+    i: cython.Py_ssize_t,
+    t: cython.Py_ssize_t,
+    ip: cython.const[_Index][::1],
+    ix: cython.const[_Index][::1],
+    a: _F1,
+    place: _I1,
+    m: _F1,
+    strongest: _B1,
+    near: _MI2,
+    clusters: _MI2,
+    need: _MF2,
+    value: _MF2,
+    who: _MI2,
+) -> cython.int:
+    """Note the clusters whose strongest member is a neighbour of i, represented by it; return their
+    number, -1 for a column beyond the graph."""
     n: cython.int = 0
     size: cython.Py_ssize_t = strongest.shape[0]
     p: cython.longlong
@@ -72,7 +88,7 @@ def _candidates(i: cython.Py_ssize_t, t: cython.Py_ssize_t, ip: cython.const[_In
         r = ix[p]
         if not _inside(r, size):
             return -1
-        if strongest[r] and near[t, r] != i + 1:      # stored twice, or i itself: a cluster is noted once
+        if strongest[r] and near[t, r] != i + 1:  # stored twice, or i itself: a cluster is noted once
             c = place[r]
             need[t, c] = _harmonic(a[p], m[r])
             value[t, c] = a[p]
@@ -86,8 +102,20 @@ def _candidates(i: cython.Py_ssize_t, t: cython.Py_ssize_t, ip: cython.const[_In
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
-def _compete(i: cython.Py_ssize_t, t: cython.Py_ssize_t, ip: cython.const[_Index][::1], ix: cython.const[_Index][::1], a: _F1, place: _I1, m: _F1, upper: _F1,
-             near: _MI2, need: _MF2, value: _MF2, who: _MI2) -> cython.void:
+def _compete(
+    i: cython.Py_ssize_t,
+    t: cython.Py_ssize_t,
+    ip: cython.const[_Index][::1],
+    ix: cython.const[_Index][::1],
+    a: _F1,
+    place: _I1,
+    m: _F1,
+    upper: _F1,
+    near: _MI2,
+    need: _MF2,
+    value: _MF2,
+    who: _MI2,
+) -> cython.void:
     "Raise each candidate cluster's representative to the best among the neighbours of i."
     p: cython.longlong
     r: cython.int
@@ -108,10 +136,29 @@ def _compete(i: cython.Py_ssize_t, t: cython.Py_ssize_t, ip: cython.const[_Index
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
-def _assign_block(lo: cython.Py_ssize_t, hi: cython.Py_ssize_t, t: cython.Py_ssize_t, ip: cython.const[_Index][::1], ix: cython.const[_Index][::1], a: _F1,
-                  place: _I1, m: _F1, upper: _F1, strongest: _B1, order: _I1, start: _L1, ceiling: cython.float,
-                  near: _MI2, clusters: _MI2, need: _MF2, value: _MF2, who: _MI2,
-                  nearest: _MI1, smallest: _MF1, total: _MD1) -> cython.int:
+def _assign_block(
+    lo: cython.Py_ssize_t,
+    hi: cython.Py_ssize_t,
+    t: cython.Py_ssize_t,
+    ip: cython.const[_Index][::1],
+    ix: cython.const[_Index][::1],
+    a: _F1,
+    place: _I1,
+    m: _F1,
+    upper: _F1,
+    strongest: _B1,
+    order: _I1,
+    start: _L1,
+    ceiling: cython.float,
+    near: _MI2,
+    clusters: _MI2,
+    need: _MF2,
+    value: _MF2,
+    who: _MI2,
+    nearest: _MI1,
+    smallest: _MF1,
+    total: _MD1,
+) -> cython.int:
     "1 where a column lies beyond the graph, else 0."
     i: cython.Py_ssize_t
     n: cython.int
@@ -133,9 +180,9 @@ def _assign_block(lo: cython.Py_ssize_t, hi: cython.Py_ssize_t, t: cython.Py_ssi
             c = clusters[t, s]
             for q in range(start[c - 1], start[c]):
                 if upper[order[q]] < need[t, c]:
-                    break                          # memberships only fall from here: no non-neighbour can win
+                    break  # memberships only fall from here: no non-neighbour can win
                 if near[t, order[q]] != i + 1:
-                    value[t, c] = ceiling          # a neighbour wins only if its h is larger
+                    value[t, c] = ceiling  # a neighbour wins only if its h is larger
                     break
             need[t, c] = cython.cast(cython.float, 1e30)
             if value[t, c] < best or (value[t, c] == best and label > 0 and c < label):
@@ -154,22 +201,37 @@ def _check(ip, ix, a, labels, m, order, start, ceiling):
     gate.offsets('offsets of the graph', ip, n, len(ix))
     gate.same_length(columns=ix, discrepancies=a)
     gate.same_length(labels=labels, memberships=m)
-    if k < 1: raise ValueError(f'start must hold K + 1 offsets for K clusters; got {len(start)}')
-    if n and not -1 <= labels.min() <= labels.max() < k: raise ValueError(f'labels must lie in -1..{k - 1}; got {labels.min()} to {labels.max()}')
+    if k < 1:
+        raise ValueError(f'start must hold K + 1 offsets for K clusters; got {len(start)}')
+    if n and not -1 <= labels.min() <= labels.max() < k:
+        raise ValueError(f'labels must lie in -1..{k - 1}; got {labels.min()} to {labels.max()}')
     gate.offsets('start', start, k, len(order))
     gate.indices('order', order, n)
-    if len(order) != np.count_nonzero(labels >= 0) or (labels[order] != np.repeat(np.arange(k), np.diff(start))).any() or np.bincount(order, minlength=1).max() > 1:
-        raise ValueError('order must list the members of each cluster once, cluster after cluster; got another list')
-    if not (m >= 0).all() or not 0 < ceiling < np.inf: raise ValueError(f'memberships must be at least 0 and the ceiling above 0; got {m.min()} and {ceiling}')
+    if (
+        len(order) != np.count_nonzero(labels >= 0)
+        or (labels[order] != np.repeat(np.arange(k), np.diff(start))).any()
+        or np.bincount(order, minlength=1).max() > 1
+    ):
+        raise ValueError(
+            'order must list the members of each cluster once, cluster after cluster; got another list'
+        )
+    if not (m >= 0).all() or not 0 < ceiling < np.inf:
+        raise ValueError(
+            f'memberships must be at least 0 and the ceiling above 0; got {m.min()} and {ceiling}'
+        )
 
 # %% ../nbs/04a_hdc_kernels.ipynb #a6a3c477
-def assign(ip: cython.const[_Index][::1], ix: cython.const[_Index][::1],   # graph (N, N): CSR offsets and columns, both int32 or both int64
-           a: _F1,                             # discrepancies of the stored pairs, float32 in [0, ceiling]
-           labels: _I1,                        # (N,) int32 cluster of each sample, -1: member of none
-           m: _F1,                             # (N,) float32 membership of each sample in its own cluster
-           order: _I1, start: _L1,             # members by cluster, largest m first: order[start[j]:start[j + 1]]
-           ceiling: cython.float,              # discrepancy of pairs that are not stored
-           n_threads: cython.int = 0):         # 0: every core
+def assign(
+    ip: cython.const[_Index][::1],
+    ix: cython.const[_Index][::1],  # graph (N, N): CSR offsets and columns, both int32 or both int64
+    a: _F1,  # discrepancies of the stored pairs, float32 in [0, ceiling]
+    labels: _I1,  # (N,) int32 cluster of each sample, -1: member of none
+    m: _F1,  # (N,) float32 membership of each sample in its own cluster
+    order: _I1,
+    start: _L1,  # members by cluster, largest m first: order[start[j]:start[j + 1]]
+    ceiling: cython.float,  # discrepancy of pairs that are not stored
+    n_threads: cython.int = 0,  # 0: every core
+):
     "`(nearest cluster or -1, its H, the sum of H over all clusters)` of every sample."
     n: cython.Py_ssize_t = labels.shape[0]
     k: cython.Py_ssize_t = start.shape[0] - 1
@@ -177,7 +239,16 @@ def assign(ip: cython.const[_Index][::1], ix: cython.const[_Index][::1],   # gra
     blocks: cython.Py_ssize_t = (n + block - 1) // block
     nt: cython.int = gate.threads(n_threads, blocks)
     b: cython.Py_ssize_t
-    _check(np.asarray(ip), np.asarray(ix), np.asarray(a), np.asarray(labels), np.asarray(m), np.asarray(order), np.asarray(start), ceiling)
+    _check(
+        np.asarray(ip),
+        np.asarray(ix),
+        np.asarray(a),
+        np.asarray(labels),
+        np.asarray(m),
+        np.asarray(order),
+        np.asarray(start),
+        ceiling,
+    )
     first = np.asarray(start)[:-1][np.diff(start) > 0]
     is_first = np.zeros(n, np.uint8)
     is_first[np.asarray(order)[first]] = 1
@@ -195,17 +266,46 @@ def assign(ip: cython.const[_Index][::1], ix: cython.const[_Index][::1],   # gra
     total: _MD1 = total_a
     wrong: _MI1 = np.zeros(max(blocks, 1), np.int32)
     for b in prange(blocks, nogil=True, schedule='dynamic', num_threads=nt):
-        wrong[b] = _assign_block(b * block, min(n, (b + 1) * block), threadid(), ip, ix, a, place, m, upper, strongest, order, start, ceiling,
-                                 near, clusters, need, value, who, nearest, smallest, total)
-    if np.asarray(wrong).any(): gate.indices('columns of the graph', np.asarray(ix), n)
+        wrong[b] = _assign_block(
+            b * block,
+            min(n, (b + 1) * block),
+            threadid(),
+            ip,
+            ix,
+            a,
+            place,
+            m,
+            upper,
+            strongest,
+            order,
+            start,
+            ceiling,
+            near,
+            clusters,
+            need,
+            value,
+            who,
+            nearest,
+            smallest,
+            total,
+        )
+    if np.asarray(wrong).any():
+        gate.indices('columns of the graph', np.asarray(ix), n)
     return nearest_a, smallest_a, total_a
 
 # %% ../nbs/04a_hdc_kernels.ipynb #147bc4a3
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
-def _look_at_rows(lo: cython.Py_ssize_t, hi: cython.Py_ssize_t, t: cython.Py_ssize_t, ip: cython.const[_Index][::1], ix: cython.const[_Index][::1],
-                  size: cython.Py_ssize_t, met: _MI2) -> cython.int:
+def _look_at_rows(
+    lo: cython.Py_ssize_t,
+    hi: cython.Py_ssize_t,
+    t: cython.Py_ssize_t,
+    ip: cython.const[_Index][::1],
+    ix: cython.const[_Index][::1],
+    size: cython.Py_ssize_t,
+    met: _MI2,
+) -> cython.int:
     "2 where a column lies beyond the graph, 1 where a row holds one twice, else 0."
     i: cython.Py_ssize_t
     p: cython.longlong
@@ -221,9 +321,12 @@ def _look_at_rows(lo: cython.Py_ssize_t, hi: cython.Py_ssize_t, t: cython.Py_ssi
     return twice
 
 # %% ../nbs/04a_hdc_kernels.ipynb #5a957ed9
-def stored_twice(ip: cython.const[_Index][::1], ix: cython.const[_Index][::1],  # CSR offsets and columns, both int32 or both int64
-                 size: cython.Py_ssize_t,      # columns of the matrix
-                 n_threads: cython.int = 0):   # 0: every core
+def stored_twice(
+    ip: cython.const[_Index][::1],
+    ix: cython.const[_Index][::1],  # CSR offsets and columns, both int32 or both int64
+    size: cython.Py_ssize_t,  # columns of the matrix
+    n_threads: cython.int = 0,  # 0: every core
+):
     "Does any row hold a column twice? ValueError where offsets or columns lie outside the matrix."
     n: cython.Py_ssize_t = ip.shape[0] - 1
     block: cython.Py_ssize_t = 64
@@ -236,5 +339,6 @@ def stored_twice(ip: cython.const[_Index][::1], ix: cython.const[_Index][::1],  
     for b in prange(blocks, nogil=True, schedule='dynamic', num_threads=nt):
         answers[b] = _look_at_rows(b * block, min(n, (b + 1) * block), threadid(), ip, ix, size, met)
     worst = int(np.asarray(answers).max())
-    if worst == 2: gate.indices('columns of the graph', np.asarray(ix), size)
+    if worst == 2:
+        gate.indices('columns of the graph', np.asarray(ix), size)
     return worst == 1

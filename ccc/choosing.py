@@ -17,139 +17,248 @@ from .runs import RunFolder, read_metrics
 from .viz import _COLOURS, _GREY, _MARKERS, _figure
 
 # %% ../nbs/09c_choosing.ipynb #1de4b3bb
-def label_quality(graph,   # (N, N) CSR of distances in [0, 1], the zero diagonal stored; absent: 1
-                  labels,  # (N,) int, OUTLIER = -1
-                 ) -> float:  # in [-1, 1]; 0 where there are fewer than two clusters
+def label_quality(
+    graph,  # (N, N) CSR of distances in [0, 1], the zero diagonal stored; absent: 1
+    labels,  # (N,) int, OUTLIER = -1
+) -> float:  # in [-1, 1]; 0 where there are fewer than two clusters
     "Mean silhouette on the graph; outliers count 0."
     labels = np.asarray(getattr(labels, 'labels', labels))
-    if len(np.unique(labels[labels >= 0])) < 2: return 0.
+    if len(np.unique(labels[labels >= 0])) < 2:
+        return 0.0
     return float(np.nan_to_num(graph_silhouette(graph, labels)).mean())
 
 # %% ../nbs/09c_choosing.ipynb #8efa097f
 @dataclass
 class Suggestion:
     "A value chosen without identities, and what was seen of every candidate."
-    name: str                # eps, n_clusters, epoch, run
-    value: object            # the candidate of highest score
-    candidates: list         # (C,) what was tried
-    scores: np.ndarray       # (C,) higher is better; NaN: out of the question
-    score: str               # what the score is
+
+    name: str  # eps, n_clusters, epoch, run
+    value: object  # the candidate of highest score
+    candidates: list  # (C,) what was tried
+    scores: np.ndarray  # (C,) higher is better; NaN: out of the question
+    score: str  # what the score is
     told: dict = field(default_factory=dict)  # name: (C,) further numbers of each candidate
 
     def __str__(self):
         ends = len(self.candidates) > 1 and self.name in ('eps', 'n_clusters')
         edge = ', at the edge of what was tried' if ends and self.at in (0, len(self.candidates) - 1) else ''
-        said = self.value + 1 if self.name == 'epoch' else self.value            # what people read counts from 1
-        return f'{self.name} {said}: {self.score} {self.scores[self.at]:.3f}, of {len(self.candidates)} tried{edge}'
+        said = self.value + 1 if self.name == 'epoch' else self.value  # what people read counts from 1
+        return (
+            f'{self.name} {said}: {self.score} {self.scores[self.at]:.3f}, of {len(self.candidates)}'
+            f' tried{edge}'
+        )
 
     @property
     def at(self) -> int:
         "The place of the value among the candidates."
         return self.candidates.index(self.value)
 
-    def plot(self, truth=None,  # (C,) numbers to compare with, where identities are known
-             said='truth'):  # their name; -> matplotlib Figure, closed
+    def plot(
+        self,
+        truth=None,  # (C,) numbers to compare with, where identities are known
+        said='truth',  # their name; -> matplotlib Figure, closed
+    ):
         "The curve that decided, the choice, and what else is known of the candidates."
         return _plot(self, truth, said)
+
 
 def _best(name, candidates, scores, score, **told):
     "The suggestion of the highest score; among equals the middle one."
     candidates, scores = list(candidates), np.asarray(scores, float)
     equals = np.flatnonzero(scores == np.nanmax(scores))
-    return Suggestion(name, candidates[equals[len(equals) // 2]], candidates, scores, score, {k: np.asarray(v) for k, v in told.items()})
+    return Suggestion(
+        name,
+        candidates[equals[len(equals) // 2]],
+        candidates,
+        scores,
+        score,
+        {k: np.asarray(v) for k, v in told.items()},
+    )
 
 # %% ../nbs/09c_choosing.ipynb #383282b8
 def _plot(s, truth, said):
     "Score over candidates; at the right, clusters and outliers where they are told."
     fig, axes = _figure(2 if 'n_clusters' in s.told else 1, 4.8, 3)
-    at = np.arange(len(s.candidates)) if isinstance(s.value, str) else np.array(s.candidates, float) + (s.name == 'epoch')
+    at = (
+        np.arange(len(s.candidates))
+        if isinstance(s.value, str)
+        else np.array(s.candidates, float) + (s.name == 'epoch')
+    )
     chosen = at[s.candidates.index(s.value)]
     axes[0].plot(at, s.scores, color=_COLOURS[0], marker=_MARKERS[0], markersize=4, label=s.score)
-    if truth is not None: axes[0].plot(at, truth, color=_COLOURS[3], marker=_MARKERS[3], markersize=4, linestyle=':', label=said)
-    for ax in axes: ax.axvline(chosen, color=_GREY, linestyle='--', linewidth=1); ax.set(xlabel=s.name)
-    if isinstance(s.value, str): axes[0].set_xticks(at, s.candidates, rotation=30, ha='right', fontsize=8)
+    if truth is not None:
+        axes[0].plot(
+            at, truth, color=_COLOURS[3], marker=_MARKERS[3], markersize=4, linestyle=':', label=said
+        )
+    for ax in axes:
+        ax.axvline(chosen, color=_GREY, linestyle='--', linewidth=1)
+        ax.set(xlabel=s.name)
+    if isinstance(s.value, str):
+        axes[0].set_xticks(at, s.candidates, rotation=30, ha='right', fontsize=8)
     if len(axes) > 1:
-        for c, key in enumerate(('n_clusters', 'n_outliers')): axes[1].plot(at, s.told[key], color=_COLOURS[c + 1], marker=_MARKERS[c + 1], markersize=4, label=key.replace('n_', ''))
-        if isinstance(s.value, str): axes[1].set_xticks(at, s.candidates, rotation=30, ha='right', fontsize=8)
-    for ax in axes: ax.legend(fontsize=8, frameon=False, loc='lower left', bbox_to_anchor=(0, 1), ncols=2)
+        for c, key in enumerate(('n_clusters', 'n_outliers')):
+            axes[1].plot(
+                at,
+                s.told[key],
+                color=_COLOURS[c + 1],
+                marker=_MARKERS[c + 1],
+                markersize=4,
+                label=key.replace('n_', ''),
+            )
+        if isinstance(s.value, str):
+            axes[1].set_xticks(at, s.candidates, rotation=30, ha='right', fontsize=8)
+    for ax in axes:
+        ax.legend(fontsize=8, frameon=False, loc='lower left', bbox_to_anchor=(0, 1), ncols=2)
     return fig
 
 # %% ../nbs/09c_choosing.ipynb #6de1ac59
 def _tried(name, x, graph, candidates, options_of):
-    "Quality, clusters and outliers of the labels that each candidate gives; with fewer than two clusters it is out of the question."
+    """Quality, clusters and outliers of the labels that each candidate gives; with fewer than two clusters
+    it is out of the question."""
     made = [make_labels(x, graph=graph, **options_of(c)) for c in candidates]
     quality = [label_quality(graph, m) if m.n_clusters > 1 else np.nan for m in made]
     if np.isnan(quality).all():
-        raise ValueError(f'{name} can be chosen where a candidate gives two clusters, got at most {max(m.n_clusters for m in made)} from {len(x)} images. '
-                         'The neighbour lists may be too long (k1 should be about the number of images a person has), or the clusters asked for too large (min_instances)')
-    return _best(name, candidates, quality, 'silhouette on the graph', n_clusters=[m.n_clusters for m in made], n_outliers=[m.n_outliers for m in made])
+        raise ValueError(
+            f'{name} can be chosen where a candidate gives two clusters, got at most'
+            f' {max(m.n_clusters for m in made)} from {len(x)} images. The neighbour lists may be too long'
+            ' (k1 should be about the number of images a person has), or the clusters asked for too large'
+            ' (min_instances)'
+        )
+    return _best(
+        name,
+        candidates,
+        quality,
+        'silhouette on the graph',
+        n_clusters=[m.n_clusters for m in made],
+        n_outliers=[m.n_outliers for m in made],
+    )
 
-def suggest_eps(x,                   # (N, D) embeddings, unit norm
-                candidates=None,     # radii in (0, 1]; None: 0.25 to 0.75 in steps of 0.05
-                *, graph=None,       # their Jaccard graph, where it is at hand
-                min_instances: int = 4,     # DBSCAN's min_samples
-                k1: int = 30, k2: int = 6,  # of the graph, where none is given
-               ) -> Suggestion:
-    "The radius whose DBSCAN labels have the highest silhouette on the graph. ValueError for radii outside (0, 1], or where none gives two clusters."
-    radii = [round(.25 + .05 * i, 2) for i in range(11)] if candidates is None else [float(c) for c in candidates]
-    if not radii or not all(0 < r <= 1 for r in radii): raise ValueError(f'candidates for eps must lie above 0 and not above 1, got {radii}')
-    if graph is None: graph = build_graph(x, k1=k1, k2=k2)
-    return _tried('eps', x, graph, radii, lambda eps: dict(method='dbscan', eps=eps, min_instances=min_instances))
+
+def suggest_eps(
+    x,  # (N, D) embeddings, unit norm
+    candidates=None,  # radii in (0, 1]; None: 0.25 to 0.75 in steps of 0.05
+    *,
+    graph=None,  # their Jaccard graph, where it is at hand
+    min_instances: int = 4,  # DBSCAN's min_samples
+    k1: int = 30,
+    k2: int = 6,  # of the graph, where none is given
+) -> Suggestion:
+    """The radius whose DBSCAN labels have the highest silhouette on the graph. ValueError for radii
+    outside (0, 1], or where none gives two clusters."""
+    radii = (
+        [round(0.25 + 0.05 * i, 2) for i in range(11)]
+        if candidates is None
+        else [float(c) for c in candidates]
+    )
+    if not radii or not all(0 < r <= 1 for r in radii):
+        raise ValueError(f'candidates for eps must lie above 0 and not above 1, got {radii}')
+    if graph is None:
+        graph = build_graph(x, k1=k1, k2=k2)
+    return _tried(
+        'eps', x, graph, radii, lambda eps: dict(method='dbscan', eps=eps, min_instances=min_instances)
+    )
 
 # %% ../nbs/09c_choosing.ipynb #3de94107
-def likely_clusters(eps: Suggestion,  # of `suggest_eps`
-                    n: int,  # images
-                   ) -> int:
-    "DBSCAN's clusters at the suggested radius, had the images that it leaves out come in clusters of the same size."
+def likely_clusters(
+    eps: Suggestion,  # of `suggest_eps`
+    n: int,  # images
+) -> int:
+    """DBSCAN's clusters at the suggested radius, had the images that it leaves out come in clusters of the
+    same size."""
     return round(eps.told['n_clusters'][eps.at] / (1 - eps.told['n_outliers'][eps.at] / n))
 
 # %% ../nbs/09c_choosing.ipynb #6c40a3f2
-def suggest_n_clusters(x,                     # (N, D) embeddings, unit norm
-                       candidates=None,       # numbers of clusters; None: 0.7 to 1.4 times `likely_clusters`
-                       method: str = 'hdc',   # or 'kmeans'
-                       *, graph=None,         # their Jaccard graph, where it is at hand
-                       min_instances: int = 4,     # members a cluster needs
-                       k1: int = 30, k2: int = 6,  # of the graph, where none is given
-                       random_state: int = 0,      # of the starts
-                       **options,             # further arguments of `make_labels`
-                      ) -> Suggestion:
-    "The K whose labels have the highest silhouette on the graph. ValueError for another method, K outside 2..N, or where DBSCAN finds nothing to start from."
-    if method not in ('hdc', 'kmeans'): raise ValueError(f"method must be 'hdc' or 'kmeans', which are asked for a number of clusters, got {method!r}")
-    if graph is None: graph = build_graph(x, k1=k1, k2=k2)
+def suggest_n_clusters(
+    x,  # (N, D) embeddings, unit norm
+    candidates=None,  # numbers of clusters; None: 0.7 to 1.4 times `likely_clusters`
+    method: str = 'hdc',  # or 'kmeans'
+    *,
+    graph=None,  # their Jaccard graph, where it is at hand
+    min_instances: int = 4,  # members a cluster needs
+    k1: int = 30,
+    k2: int = 6,  # of the graph, where none is given
+    random_state: int = 0,  # of the starts
+    **options,  # further arguments of `make_labels`
+) -> Suggestion:
+    """The K whose labels have the highest silhouette on the graph. ValueError for another method, K
+    outside 2..N, or where DBSCAN finds nothing to start from."""
+    if method not in ('hdc', 'kmeans'):
+        raise ValueError(
+            f"method must be 'hdc' or 'kmeans', which are asked for a number of clusters, got {method!r}"
+        )
+    if graph is None:
+        graph = build_graph(x, k1=k1, k2=k2)
     if candidates is None:
         likely = likely_clusters(suggest_eps(x, graph=graph, min_instances=min_instances), len(x))
-        candidates = {min(max(2, round(likely * f)), len(x)) for f in (.7, .85, 1, 1.2, 1.4)}
+        candidates = {min(max(2, round(likely * f)), len(x)) for f in (0.7, 0.85, 1, 1.2, 1.4)}
     candidates = sorted(int(c) for c in candidates)
-    if not candidates or candidates[0] < 2 or candidates[-1] > len(x): raise ValueError(f'candidates for n_clusters must lie in 2..N, got {candidates} with N={len(x)}')
-    return _tried('n_clusters', x, graph, candidates, lambda k: dict(method=method, n_clusters=k, min_instances=min_instances, random_state=random_state, **options))
+    if not candidates or candidates[0] < 2 or candidates[-1] > len(x):
+        raise ValueError(f'candidates for n_clusters must lie in 2..N, got {candidates} with N={len(x)}')
+    return _tried(
+        'n_clusters',
+        x,
+        graph,
+        candidates,
+        lambda k: dict(
+            method=method, n_clusters=k, min_instances=min_instances, random_state=random_state, **options
+        ),
+    )
 
 # %% ../nbs/09c_choosing.ipynb #9dcb38d9
-def suggest_epoch(run,  # folder of a run, or its rows (dicts as in metrics.jsonl)
-                 ) -> Suggestion:  # epochs count from 0; the score is 1 - churn times the share of images in clusters, to be looked at
-    "The last finished epoch: no signal of the labels has chosen better (see the notebook). ValueError for a run without a finished epoch."
+def suggest_epoch(
+    run,  # folder of a run, or its rows (dicts as in metrics.jsonl)
+) -> (
+    Suggestion
+):  # epochs count from 0; the score is 1 - churn times the share of images in clusters, to be looked at
+    """The last finished epoch: no signal of the labels has chosen better (see the notebook). ValueError
+    for a run without a finished epoch."""
     rows = read_metrics(run) if isinstance(run, (str, Path)) else list(run)
-    if not rows: raise ValueError(f'an epoch can be suggested for a run that has finished one, got none in {run}')
+    if not rows:
+        raise ValueError(f'an epoch can be suggested for a run that has finished one, got none in {run}')
     n = _images(run)
-    steady = [(1 - (1. if r.get('churn') is None else r['churn'])) * (1 - r['n_outliers'] / n if n else 1) for r in rows]
+    steady = [
+        (1 - (1.0 if r.get('churn') is None else r['churn'])) * (1 - r['n_outliers'] / n if n else 1)
+        for r in rows
+    ]
     told = {k: np.array([r[k] for r in rows]) for k in ('n_clusters', 'n_outliers')}
-    return Suggestion('epoch', rows[-1]['epoch'], [r['epoch'] for r in rows], np.array(steady), 'stability', told)
+    return Suggestion(
+        'epoch', rows[-1]['epoch'], [r['epoch'] for r in rows], np.array(steady), 'stability', told
+    )
+
 
 def _images(run) -> int:
     "How many images the run labels, 0 where only rows are at hand."
-    if not isinstance(run, (str, Path)) or not (Path(run) / 'config.json').is_file(): return 0
+    if not isinstance(run, (str, Path)) or not (Path(run) / 'config.json').is_file():
+        return 0
     return RunFolder(run).n_images
 
 # %% ../nbs/09c_choosing.ipynb #b6cb9f7c
-def suggest_run(runs: list,  # folders of finished runs
-                names=None,  # how to call them, e.g. their K; None: the folders' names
-               ) -> Suggestion:
-    "The run whose late labels have the highest silhouette, times the share of images in clusters. ValueError where a run has no silhouette, or they label different numbers of images."
+def suggest_run(
+    runs: list,  # folders of finished runs
+    names=None,  # how to call them, e.g. their K; None: the folders' names
+) -> Suggestion:
+    """The run whose late labels have the highest silhouette, times the share of images in clusters.
+    ValueError where a run has no silhouette, or they label different numbers of images."""
     runs = list(runs)
     sizes = {_images(r) for r in runs}
-    if len(sizes) != 1 or 0 in sizes: raise ValueError(f'runs can be compared if all label as many images, as their config.json says; got {sorted(sizes)} images')
-    late = [rows[-max(1, len(rows) // 4):] for rows in map(read_metrics, runs)]
-    if not all(any(r.get('silhouette') is not None for r in rows) for rows in late): raise ValueError('runs can be compared if their rows have a silhouette, got one without; it is older than that number')
+    if len(sizes) != 1 or 0 in sizes:
+        raise ValueError(
+            'runs can be compared if all label as many images, as their config.json says; got'
+            f' {sorted(sizes)} images'
+        )
+    late = [rows[-max(1, len(rows) // 4) :] for rows in map(read_metrics, runs)]
+    if not all(any(r.get('silhouette') is not None for r in rows) for rows in late):
+        raise ValueError(
+            'runs can be compared if their rows have a silhouette, got one without; it is older than that'
+            ' number'
+        )
     share = lambda r: 1 - r['n_outliers'] / max(sizes)
     mean = lambda key: [float(np.mean([r[key] for r in rows])) for rows in late]
-    return _best('run', [str(n) for n in (names or [Path(r).name for r in runs])], [np.mean([(r.get('silhouette') or 0) * share(r) for r in rows]) for rows in late],
-                 'late silhouette', n_clusters=mean('n_clusters'), n_outliers=mean('n_outliers'))
+    return _best(
+        'run',
+        [str(n) for n in names or [Path(r).name for r in runs]],
+        [np.mean([(r.get('silhouette') or 0) * share(r) for r in rows]) for rows in late],
+        'late silhouette',
+        n_clusters=mean('n_clusters'),
+        n_outliers=mean('n_outliers'),
+    )

@@ -21,6 +21,7 @@ RENDERER = 4  # goes up when the drawing or the plan changes, so that no old cac
 @dataclass(frozen=True)
 class City:
     "What is drawn, and how hard it is; 0 switches a difficulty off."
+
     n_train: int = 90  # identities for training
     n_test: int = 40  # identities for query and gallery, other people than the training's
     n_distractors: int = 40  # gallery images of people who are no query (pid 0)
@@ -28,7 +29,8 @@ class City:
     cameras_seen: tuple = (4, 6)  # fewest and most cameras that see a person
     per_camera: tuple = (1, 3)  # fewest and most images of a person in one camera, without the query
     cast: float = 1.6  # strength of each camera's colour cast, times what CAMERAS says
-    light: float = 1.0  # strength of each camera's gamma and of the light that changes between images, likewise
+    # strength of each camera's gamma and of the light that changes between images, likewise
+    light: float = 1.0
     blur: float = 0.7  # loss of sharpness
     noise: float = 0.7  # sensor noise
     occlusion: float = 0.1  # share of images with something in front of the person
@@ -43,8 +45,23 @@ class City:
         return make_person(np.random.default_rng([self.seed, 1, pid]))
 
 # %% ../nbs/01a_city.ipynb #0377b2e9
-_CLOTH = dict(black=(38, 38, 44), white=(232, 232, 228), grey=(135, 138, 142), red=(190, 44, 48), navy=(36, 48, 98), blue=(58, 110, 190), sky=(130, 180, 220),
-              green=(48, 122, 72), lime=(150, 190, 70), yellow=(226, 192, 60), orange=(222, 122, 46), pink=(226, 140, 170), purple=(112, 66, 140), brown=(112, 76, 50), sand=(200, 176, 136))
+_CLOTH = dict(
+    black=(38, 38, 44),
+    white=(232, 232, 228),
+    grey=(135, 138, 142),
+    red=(190, 44, 48),
+    navy=(36, 48, 98),
+    blue=(58, 110, 190),
+    sky=(130, 180, 220),
+    green=(48, 122, 72),
+    lime=(150, 190, 70),
+    yellow=(226, 192, 60),
+    orange=(222, 122, 46),
+    pink=(226, 140, 170),
+    purple=(112, 66, 140),
+    brown=(112, 76, 50),
+    sand=(200, 176, 136),
+)
 _LOWER = ('black', 'navy', 'grey', 'blue', 'sand', 'brown', 'white', 'green', 'red', 'purple')
 _SKIN = ((247, 214, 188), (232, 188, 152), (206, 156, 116), (164, 112, 76), (112, 74, 50), (84, 56, 42))
 _HAIR = ((28, 24, 22), (62, 42, 30), (110, 72, 40), (206, 170, 98), (160, 70, 36), (170, 168, 166))
@@ -53,6 +70,7 @@ _HAIR = ((28, 24, 22), (62, 42, 30), (110, 72, 40), (206, 170, 98), (160, 70, 36
 @dataclass(frozen=True)
 class Person:
     "What two images of one person have in common; colours are (r, g, b) of 0 to 255."
+
     upper: tuple  # main colour
     upper2: tuple  # colour of the pattern, or of the shirt under an open jacket
     pattern: str  # plain, stripes, bars, block, checks, logo or open
@@ -74,106 +92,193 @@ class Person:
 # %% ../nbs/01a_city.ipynb #cbfa2449
 def make_person(rng: np.random.Generator) -> Person:
     "Dresses somebody at random."
-    def colour(names, spread=10): return tuple(int(v) for v in np.clip(np.array(_CLOTH[rng.choice(names)]) + rng.normal(0, spread, 3), 8, 245))
-    def pick(p, *options): return options[rng.choice(len(options), p=p)]
+
+    def colour(names, spread=10):
+        return tuple(
+            int(v) for v in np.clip(np.array(_CLOTH[rng.choice(names)]) + rng.normal(0, spread, 3), 8, 245)
+        )
+
+    def pick(p, *options):
+        return options[rng.choice(len(options), p=p)]
+
     every = list(_CLOTH)
     return Person(
-        upper=colour(every), upper2=colour(every), pattern=pick([.38, .14, .1, .12, .08, .08, .1], 'plain', 'stripes', 'bars', 'block', 'checks', 'logo', 'open'),
-        sleeves=pick([.6, .4], 'long', 'short'), coat=bool(rng.random() < .15), lower=colour(_LOWER), legs=pick([.6, .2, .2], 'trousers', 'shorts', 'skirt'),
-        shoes=colour(['black', 'white', 'brown', 'red', 'grey']), skin=_SKIN[rng.choice(6, p=[.2, .25, .2, .15, .1, .1])], hair=_HAIR[rng.choice(6, p=[.3, .22, .18, .14, .08, .08])],
-        hairstyle=pick([.45, .35, .12, .08], 'short', 'long', 'bun', 'bald'), hat=colour(every) if rng.random() < .2 else (),
-        bag=pick([.45, .33, .22], 'none', 'backpack', 'shoulder'), bag_colour=colour(every), carries=pick([.68, .14, .1, .08], 'none', 'shopping', 'suitcase', 'folder'),
-        width=float(rng.uniform(.84, 1.2)), height=float(rng.uniform(.9, 1.06)))
+        upper=colour(every),
+        upper2=colour(every),
+        pattern=pick(
+            [0.38, 0.14, 0.1, 0.12, 0.08, 0.08, 0.1],
+            'plain',
+            'stripes',
+            'bars',
+            'block',
+            'checks',
+            'logo',
+            'open',
+        ),
+        sleeves=pick([0.6, 0.4], 'long', 'short'),
+        coat=bool(rng.random() < 0.15),
+        lower=colour(_LOWER),
+        legs=pick([0.6, 0.2, 0.2], 'trousers', 'shorts', 'skirt'),
+        shoes=colour(['black', 'white', 'brown', 'red', 'grey']),
+        skin=_SKIN[rng.choice(6, p=[0.2, 0.25, 0.2, 0.15, 0.1, 0.1])],
+        hair=_HAIR[rng.choice(6, p=[0.3, 0.22, 0.18, 0.14, 0.08, 0.08])],
+        hairstyle=pick([0.45, 0.35, 0.12, 0.08], 'short', 'long', 'bun', 'bald'),
+        hat=colour(every) if rng.random() < 0.2 else (),
+        bag=pick([0.45, 0.33, 0.22], 'none', 'backpack', 'shoulder'),
+        bag_colour=colour(every),
+        carries=pick([0.68, 0.14, 0.1, 0.08], 'none', 'shopping', 'suitcase', 'folder'),
+        width=float(rng.uniform(0.84, 1.2)),
+        height=float(rng.uniform(0.9, 1.06)),
+    )
 
 # %% ../nbs/01a_city.ipynb #25aea17c
 _SCALE, _H, _W = 4, 128, 64  # drawn 512 x 256, kept 128 x 64
+
 
 def _darker(colour, f):
     "A colour times a factor."
     return tuple(int(np.clip(c * f, 0, 255)) for c in colour)
 
+
 class _Pen:
     "Draws in body units on a transparent layer."
-    def __init__(self, centre, top, size, lean=0., squash=0.):
+
+    def __init__(self, centre, top, size, lean=0.0, squash=0.0):
         self.layer = Image.new('RGBA', (_W * _SCALE, _H * _SCALE), (0, 0, 0, 0))
-        self.draw, self.centre, self.top, self.size, self.lean, self.squash = ImageDraw.Draw(self.layer), centre, top, size, lean, squash
+        self.draw, self.centre, self.top, self.size, self.lean, self.squash = (
+            ImageDraw.Draw(self.layer),
+            centre,
+            top,
+            size,
+            lean,
+            squash,
+        )
+
     def at(self, x, y):
         # seen from above, legs are foreshortened: y -> y + squash * y * (1 - y), still 0 -> 0 and 1 -> 1
-        return self.centre + self.size * (x + self.lean * (1 - y)), self.top + self.size * (y + self.squash * y * (1 - y))
+        return self.centre + self.size * (x + self.lean * (1 - y)), self.top + self.size * (
+            y + self.squash * y * (1 - y)
+        )
+
     def poly(self, points, colour):
         self.draw.polygon([self.at(*p) for p in points], fill=(*colour, 255))
+
     def oval(self, x, y, rx, ry, colour):
         (cx, cy), s = self.at(x, y), self.size
         self.draw.ellipse([cx - rx * s, cy - ry * s, cx + rx * s, cy + ry * s], fill=(*colour, 255))
-    def box(self, x, y, w, h, colour, r=.01):
+
+    def box(self, x, y, w, h, colour, r=0.01):
         cx, cy = self.at(x, y)
-        self.draw.rounded_rectangle([cx - w * self.size, cy, cx + w * self.size, cy + h * self.size], r * self.size, fill=(*colour, 255))
+        self.draw.rounded_rectangle(
+            [cx - w * self.size, cy, cx + w * self.size, cy + h * self.size],
+            r * self.size,
+            fill=(*colour, 255),
+        )
+
     def limb(self, points, width, colour):
         xy = [self.at(*p) for p in points]
         w = width * self.size
         self.draw.line(xy, fill=(*colour, 255), width=int(round(w)), joint='curve')
-        for x, y in xy: self.draw.ellipse([x - w / 2, y - w / 2, x + w / 2, y + w / 2], fill=(*colour, 255))
+        for x, y in xy:
+            self.draw.ellipse([x - w / 2, y - w / 2, x + w / 2, y + w / 2], fill=(*colour, 255))
+
     def clipped(self, points, paint):
         "`paint(pen)` on another layer, kept inside the polygon only."
         other = _Pen(self.centre, self.top, self.size, self.lean, self.squash)
         paint(other)
         mask = Image.new('L', self.layer.size, 0)
         ImageDraw.Draw(mask).polygon([self.at(*p) for p in points], fill=255)
-        self.layer.paste(other.layer, (0, 0), Image.composite(other.layer.getchannel('A'), Image.new('L', mask.size, 0), mask))
+        self.layer.paste(
+            other.layer,
+            (0, 0),
+            Image.composite(other.layer.getchannel('A'), Image.new('L', mask.size, 0), mask),
+        )
 
 # %% ../nbs/01a_city.ipynb #afacba74
 def _legs(pen, p, side, front, step):
     "Both legs, the far one first and darker."
-    hip = .048 * p.width * (.35 + .65 * abs(front))
+    hip = 0.048 * p.width * (0.35 + 0.65 * abs(front))
     for k in (-1, 1):
         swing = k * np.sin(step)
-        x0, lift = k * hip, .035 * max(0., -swing) * (.4 + .6 * abs(side))
-        foot = x0 + .13 * side * swing + .012 * k * abs(front)
-        knee = (x0 + foot) / 2 + .03 * side * (.5 + .5 * abs(swing))
-        dim = .8 if k < 0 else 1.
+        x0, lift = k * hip, 0.035 * max(0.0, -swing) * (0.4 + 0.6 * abs(side))
+        foot = x0 + 0.13 * side * swing + 0.012 * k * abs(front)
+        knee = (x0 + foot) / 2 + 0.03 * side * (0.5 + 0.5 * abs(swing))
+        dim = 0.8 if k < 0 else 1.0
         skin, cloth = _darker(p.skin, dim), _darker(p.lower, dim)
-        w = .082 * p.width
-        pen.limb([(x0, .52), (knee, .735), (foot, .94 - lift)], w * .72, cloth if p.legs == 'trousers' else skin)
-        if p.legs != 'skirt': pen.limb([(x0, .52), (knee, .70)], w, cloth)
-        pen.limb([(foot, .955 - lift), (foot + .045 * side + .008 * k * abs(front), .965 - lift)], .05, _darker(p.shoes, dim))
+        w = 0.082 * p.width
+        pen.limb(
+            [(x0, 0.52), (knee, 0.735), (foot, 0.94 - lift)],
+            w * 0.72,
+            cloth if p.legs == 'trousers' else skin,
+        )
+        if p.legs != 'skirt':
+            pen.limb([(x0, 0.52), (knee, 0.70)], w, cloth)
+        pen.limb(
+            [(foot, 0.955 - lift), (foot + 0.045 * side + 0.008 * k * abs(front), 0.965 - lift)],
+            0.05,
+            _darker(p.shoes, dim),
+        )
+
 
 def _arm(pen, p, k, side, front, step):
     "One arm; returns where its hand is."
     swing = -k * np.sin(step)
-    shoulder = k * .098 * p.width * (.25 + .75 * abs(front))
-    elbow = shoulder + .045 * side * swing + .022 * k * abs(front)
-    hand = shoulder + .11 * side * swing + .035 * side + .028 * k * abs(front)
-    dim = .82 if k < 0 and abs(side) > .5 else .93
-    cloth, skin, w = _darker(p.upper, dim), _darker(p.skin, dim), .056 * p.width
-    y = .47 - .05 * max(0., swing * abs(side))
-    pen.limb([(shoulder, .195), (elbow, .33), (hand, y)], w * .72, skin)
-    pen.limb([(shoulder, .195), (elbow, .33)] + ([(hand, y - .02)] if p.sleeves == 'long' else []), w, cloth)
+    shoulder = k * 0.098 * p.width * (0.25 + 0.75 * abs(front))
+    elbow = shoulder + 0.045 * side * swing + 0.022 * k * abs(front)
+    hand = shoulder + 0.11 * side * swing + 0.035 * side + 0.028 * k * abs(front)
+    dim = 0.82 if k < 0 and abs(side) > 0.5 else 0.93
+    cloth, skin, w = _darker(p.upper, dim), _darker(p.skin, dim), 0.056 * p.width
+    y = 0.47 - 0.05 * max(0.0, swing * abs(side))
+    pen.limb([(shoulder, 0.195), (elbow, 0.33), (hand, y)], w * 0.72, skin)
+    pen.limb(
+        [(shoulder, 0.195), (elbow, 0.33)] + ([(hand, y - 0.02)] if p.sleeves == 'long' else []), w, cloth
+    )
     return hand, y
 
 # %% ../nbs/01a_city.ipynb #3ac91cbb
 def _pattern(pen, p, outline, front, side):
     "What is on the jacket or shirt."
-    a, b = -.25, .25
+    a, b = -0.25, 0.25
+
     def paint(o):
         if p.pattern == 'stripes':
-            for y in np.arange(.19, .8, .07): o.poly([(a, y), (b, y), (b, y + .033), (a, y + .033)], p.upper2)
+            for y in np.arange(0.19, 0.8, 0.07):
+                o.poly([(a, y), (b, y), (b, y + 0.033), (a, y + 0.033)], p.upper2)
         elif p.pattern == 'bars':
-            for x in np.arange(a, b, .06): o.poly([(x, .1), (x + .025, .1), (x + .025, .8), (x, .8)], p.upper2)
-        elif p.pattern == 'block': o.poly([(a, .32), (b, .32), (b, .8), (a, .8)], p.upper2)
+            for x in np.arange(a, b, 0.06):
+                o.poly([(x, 0.1), (x + 0.025, 0.1), (x + 0.025, 0.8), (x, 0.8)], p.upper2)
+        elif p.pattern == 'block':
+            o.poly([(a, 0.32), (b, 0.32), (b, 0.8), (a, 0.8)], p.upper2)
         elif p.pattern == 'checks':
-            for i, y in enumerate(np.arange(.14, .8, .05)):
-                for x in np.arange(a + .05 * (i % 2), b, .1): o.poly([(x, y), (x + .05, y), (x + .05, y + .05), (x, y + .05)], p.upper2)
-        elif p.pattern == 'logo' and front > -.3: o.oval(.02 * side, .28, .045 * max(.3, front), .05, p.upper2)
-        elif p.pattern == 'open' and front > .2: o.poly([(-.035, .14), (.035, .14), (.05, .8), (-.05, .8)], p.upper2)
-    if p.pattern != 'plain': pen.clipped(outline, paint)
+            for i, y in enumerate(np.arange(0.14, 0.8, 0.05)):
+                for x in np.arange(a + 0.05 * (i % 2), b, 0.1):
+                    o.poly([(x, y), (x + 0.05, y), (x + 0.05, y + 0.05), (x, y + 0.05)], p.upper2)
+        elif p.pattern == 'logo' and front > -0.3:
+            o.oval(0.02 * side, 0.28, 0.045 * max(0.3, front), 0.05, p.upper2)
+        elif p.pattern == 'open' and front > 0.2:
+            o.poly([(-0.035, 0.14), (0.035, 0.14), (0.05, 0.8), (-0.05, 0.8)], p.upper2)
+
+    if p.pattern != 'plain':
+        pen.clipped(outline, paint)
+
 
 def _torso(pen, p, side, front):
     "Skirt, shirt or coat, and what is on it."
-    narrow = .5 + .5 * abs(front)
-    top, hip = .108 * p.width * narrow, .09 * p.width * narrow
-    if p.legs == 'skirt': pen.poly([(-hip, .46), (hip, .46), (hip * 1.5, .72), (-hip * 1.5, .72)], p.lower)
-    hem, flare = (.73, 1.35) if p.coat else (.52, 1.04)
-    outline = [(-top * .45, .135), (top * .45, .135), (top, .175), (top * .95, .30), (hip * flare, hem), (-hip * flare, hem), (-top * .95, .30), (-top, .175)]
+    narrow = 0.5 + 0.5 * abs(front)
+    top, hip = 0.108 * p.width * narrow, 0.09 * p.width * narrow
+    if p.legs == 'skirt':
+        pen.poly([(-hip, 0.46), (hip, 0.46), (hip * 1.5, 0.72), (-hip * 1.5, 0.72)], p.lower)
+    hem, flare = (0.73, 1.35) if p.coat else (0.52, 1.04)
+    outline = [
+        (-top * 0.45, 0.135),
+        (top * 0.45, 0.135),
+        (top, 0.175),
+        (top * 0.95, 0.30),
+        (hip * flare, hem),
+        (-hip * flare, hem),
+        (-top * 0.95, 0.30),
+        (-top, 0.175),
+    ]
     pen.poly(outline, p.upper)
     _pattern(pen, p, outline, front, side)
 
@@ -182,82 +287,129 @@ def _bag(pen, p, side, front, behind):
     "A backpack or a shoulder bag: the part behind the body, or the part before it."
     c, w = p.bag_colour, p.width
     if p.bag == 'backpack':
-        if behind and front > -.35: pen.box(-.10 * side * w, .17, .05 + .045 * abs(front), .25, c, .03)
-        if not behind and front <= -.35:
-            pen.box(-.07 * side * w, .17, .085, .26, c, .03)
-            pen.box(-.07 * side * w, .30, .06, .10, _darker(c, .75), .02)
-        if not behind and front > .35:
-            for k in (-1, 1): pen.limb([(k * .062 * w, .15), (k * .075 * w, .36)], .02, c)
+        if behind and front > -0.35:
+            pen.box(-0.10 * side * w, 0.17, 0.05 + 0.045 * abs(front), 0.25, c, 0.03)
+        if not behind and front <= -0.35:
+            pen.box(-0.07 * side * w, 0.17, 0.085, 0.26, c, 0.03)
+            pen.box(-0.07 * side * w, 0.30, 0.06, 0.10, _darker(c, 0.75), 0.02)
+        if not behind and front > 0.35:
+            for k in (-1, 1):
+                pen.limb([(k * 0.062 * w, 0.15), (k * 0.075 * w, 0.36)], 0.02, c)
     if p.bag == 'shoulder' and not behind:
         k = 1 if front >= 0 else -1
-        pen.limb([(-.06 * k * w, .155), (.10 * k * w * max(.5, abs(front)), .45)], .016, _darker(c, .8))
-        pen.box(.105 * k * w * max(.4, abs(front)), .44, .058, .12, c, .015)
+        pen.limb(
+            [(-0.06 * k * w, 0.155), (0.10 * k * w * max(0.5, abs(front)), 0.45)], 0.016, _darker(c, 0.8)
+        )
+        pen.box(0.105 * k * w * max(0.4, abs(front)), 0.44, 0.058, 0.12, c, 0.015)
+
 
 def _fringe(side, x):
     "Where hair may be: above the forehead, and at the back of the head when it is seen from the side."
-    if abs(side) < .6: return [(-.2, -.1), (.2, -.1), (.2, .055 - .03 * side), (-.2, .055 + .03 * side)]
+    if abs(side) < 0.6:
+        return [(-0.2, -0.1), (0.2, -0.1), (0.2, 0.055 - 0.03 * side), (-0.2, 0.055 + 0.03 * side)]
     d = np.sign(side)
-    return [(-.2 * d, -.1), (.2 * d, -.1), (.2 * d, .045), (.018 * side + x, .045), (0, .11), (-.2 * d, .11)]
+    return [
+        (-0.2 * d, -0.1),
+        (0.2 * d, -0.1),
+        (0.2 * d, 0.045),
+        (0.018 * side + x, 0.045),
+        (0, 0.11),
+        (-0.2 * d, 0.11),
+    ]
+
 
 def _head(pen, p, side, front):
     "Head, hair and hat."
-    back, x = front < -.3, .015 * side
-    if p.hairstyle == 'long' and not back: pen.box(x * .2 - .02 * side, .03, .062, .165, p.hair, .04)
-    pen.limb([(0, .11), (0, .15)], .05, _darker(p.skin, .88))
-    pen.oval(x, .072, .052, .066, p.skin)
+    back, x = front < -0.3, 0.015 * side
+    if p.hairstyle == 'long' and not back:
+        pen.box(x * 0.2 - 0.02 * side, 0.03, 0.062, 0.165, p.hair, 0.04)
+    pen.limb([(0, 0.11), (0, 0.15)], 0.05, _darker(p.skin, 0.88))
+    pen.oval(x, 0.072, 0.052, 0.066, p.skin)
     if p.hairstyle != 'bald':
-        if back: pen.oval(x, .068, .056, .064, p.hair)
-        else: pen.clipped(_fringe(side, x), lambda o: o.oval(x - .008 * side, .064, .057, .066, p.hair))
-        if p.hairstyle == 'long' and back: pen.box(x, .05, .058, .15, p.hair, .035)
-        if p.hairstyle == 'bun': pen.oval(x - .05 * side, .005 + .03 * abs(side), .032, .03, p.hair)
+        if back:
+            pen.oval(x, 0.068, 0.056, 0.064, p.hair)
+        else:
+            pen.clipped(_fringe(side, x), lambda o: o.oval(x - 0.008 * side, 0.064, 0.057, 0.066, p.hair))
+        if p.hairstyle == 'long' and back:
+            pen.box(x, 0.05, 0.058, 0.15, p.hair, 0.035)
+        if p.hairstyle == 'bun':
+            pen.oval(x - 0.05 * side, 0.005 + 0.03 * abs(side), 0.032, 0.03, p.hair)
     if p.hat:
-        pen.clipped([(-.2, -.1), (.2, -.1), (.2, .048), (-.2, .048)], lambda o: o.oval(x, .058, .061, .068, p.hat))
-        if not back: pen.box(x + .04 * side, .04, .045, .014, _darker(p.hat, .7), .006)
+        pen.clipped(
+            [(-0.2, -0.1), (0.2, -0.1), (0.2, 0.048), (-0.2, 0.048)],
+            lambda o: o.oval(x, 0.058, 0.061, 0.068, p.hat),
+        )
+        if not back:
+            pen.box(x + 0.04 * side, 0.04, 0.045, 0.014, _darker(p.hat, 0.7), 0.006)
 
 # %% ../nbs/01a_city.ipynb #c1a43a3a
-def draw_person(p: Person,  # whom
-                angle: float = 0.,  # radians; 0 towards the camera, pi away from it
-                step: float = 0.8,  # radians; phase of the walk
-                centre: float = 128., top: float = 40., size: float = 440.,  # pixels of the 512 x 256 drawing
-                lean: float = 0.,  # sideways shear of a tilted camera
-                squash: float = 0.,  # foreshortening of a camera high up
-               ) -> Image.Image:  # RGBA, 512 x 256
+def draw_person(
+    p: Person,  # whom
+    angle: float = 0.0,  # radians; 0 towards the camera, pi away from it
+    step: float = 0.8,  # radians; phase of the walk
+    centre: float = 128.0,
+    top: float = 40.0,
+    size: float = 440.0,  # pixels of the 512 x 256 drawing
+    lean: float = 0.0,  # sideways shear of a tilted camera
+    squash: float = 0.0,  # foreshortening of a camera high up
+) -> Image.Image:  # RGBA, 512 x 256
     "Draws one figure on a transparent layer."
     pen, side, front = _Pen(centre, top, size, lean, squash), np.sin(angle), np.cos(angle)
     _bag(pen, p, side, front, behind=True)
     far = _arm(pen, p, -1, side, front, step)
     _legs(pen, p, side, front, step)
     if p.carries == 'suitcase':
-        x = -.19 * (side if abs(side) > .4 else 1)
-        pen.limb([(x * .75, .48), (x, .72)], .012, (70, 70, 74))
-        pen.box(x, .70, .065, .25, _darker(p.bag_colour, .9), .02)
+        x = -0.19 * (side if abs(side) > 0.4 else 1)
+        pen.limb([(x * 0.75, 0.48), (x, 0.72)], 0.012, (70, 70, 74))
+        pen.box(x, 0.70, 0.065, 0.25, _darker(p.bag_colour, 0.9), 0.02)
     _torso(pen, p, side, front)
     _bag(pen, p, side, front, behind=False)
     near = _arm(pen, p, 1, side, front, step)
-    if p.carries == 'shopping': pen.box(near[0], near[1] + .01, .05, .13, p.upper2, .005)
-    if p.carries == 'folder': pen.box(far[0] * .8, .33, .05, .13, (236, 226, 190), .004)
+    if p.carries == 'shopping':
+        pen.box(near[0], near[1] + 0.01, 0.05, 0.13, p.upper2, 0.005)
+    if p.carries == 'folder':
+        pen.box(far[0] * 0.8, 0.33, 0.05, 0.13, (236, 226, 190), 0.004)
     _head(pen, p, side, front)
     return pen.layer
 
 # %% ../nbs/01a_city.ipynb #5f0c9385
 class _Scene:
     "Draws in fractions of the image."
+
     def __init__(self, rng, horizon):
         self.image = Image.new('RGB', (_W * _SCALE, _H * _SCALE))
         self.draw, self.rng, self.horizon = ImageDraw.Draw(self.image), rng, horizon
-    def tint(self, colour, spread=14): return tuple(int(v) for v in np.clip(np.array(colour) + self.rng.normal(0, spread) + self.rng.normal(0, spread / 2, 3), 0, 255))
-    def rect(self, x0, y0, x1, y1, colour): self.draw.rectangle([x0 * 256, y0 * 512, x1 * 256, y1 * 512], fill=tuple(colour))
-    def poly(self, points, colour): self.draw.polygon([(x * 256, y * 512) for x, y in points], fill=tuple(colour))
-    def oval(self, x, y, rx, ry, colour): self.draw.ellipse([(x - rx) * 256, y * 512 - ry * 256, (x + rx) * 256, y * 512 + ry * 256], fill=tuple(colour))
-    def line(self, x0, y0, x1, y1, colour, width=2): self.draw.line([x0 * 256, y0 * 512, x1 * 256, y1 * 512], fill=tuple(colour), width=width)
-    def ground(self, colour, lines=0, shade=.85):
+
+    def tint(self, colour, spread=14):
+        return tuple(
+            int(v)
+            for v in np.clip(
+                np.array(colour) + self.rng.normal(0, spread) + self.rng.normal(0, spread / 2, 3), 0, 255
+            )
+        )
+
+    def rect(self, x0, y0, x1, y1, colour):
+        self.draw.rectangle([x0 * 256, y0 * 512, x1 * 256, y1 * 512], fill=tuple(colour))
+
+    def poly(self, points, colour):
+        self.draw.polygon([(x * 256, y * 512) for x, y in points], fill=tuple(colour))
+
+    def oval(self, x, y, rx, ry, colour):
+        self.draw.ellipse(
+            [(x - rx) * 256, y * 512 - ry * 256, (x + rx) * 256, y * 512 + ry * 256], fill=tuple(colour)
+        )
+
+    def line(self, x0, y0, x1, y1, colour, width=2):
+        self.draw.line([x0 * 256, y0 * 512, x1 * 256, y1 * 512], fill=tuple(colour), width=width)
+
+    def ground(self, colour, lines=0, shade=0.85):
         "Ground with lines that meet at the horizon."
         c = self.tint(colour)
         self.rect(0, self.horizon, 1, 1, c)
-        vanish, off = self.rng.uniform(-.2, 1.2), self.rng.random()
+        vanish, off = self.rng.uniform(-0.2, 1.2), self.rng.random()
         for i in range(lines):
             x = (i + off) / lines * 4 - 1.5
-            self.line(vanish + (x - vanish) * .15, self.horizon, x, 1, _darker(c, shade))
+            self.line(vanish + (x - vanish) * 0.15, self.horizon, x, 1, _darker(c, shade))
         for i in range(lines):
             y = self.horizon + (1 - self.horizon) * ((i + off) / lines) ** 1.8
             self.line(0, y, 1, y, _darker(c, shade))
@@ -267,75 +419,105 @@ def _street(s):
     "House fronts with windows."
     wall = s.tint([(196, 178, 150), (168, 150, 138), (204, 196, 186), (150, 158, 168)][s.rng.integers(4)])
     s.rect(0, 0, 1, s.horizon, wall)
-    x0, w = s.rng.uniform(-.4, 0), s.rng.uniform(.28, .45)
+    x0, w = s.rng.uniform(-0.4, 0), s.rng.uniform(0.28, 0.45)
     for i in range(5):
-        for y in (-.12, .18):
-            s.rect(x0 + i * w, y, x0 + i * w + .6 * w, y + .2, _darker(wall, .8))
-            s.rect(x0 + i * w + .02, y + .01, x0 + i * w + .6 * w - .02, y + .19, s.tint((92, 108, 122)))
-    s.rect(0, s.horizon - .03, 1, s.horizon, _darker(wall, .7))
+        for y in (-0.12, 0.18):
+            s.rect(x0 + i * w, y, x0 + i * w + 0.6 * w, y + 0.2, _darker(wall, 0.8))
+            s.rect(x0 + i * w + 0.02, y + 0.01, x0 + i * w + 0.6 * w - 0.02, y + 0.19, s.tint((92, 108, 122)))
+    s.rect(0, s.horizon - 0.03, 1, s.horizon, _darker(wall, 0.7))
     s.ground((150, 148, 144), 5)
+
 
 def _bricks(s):
     "A brick wall, now and then with a poster."
     wall = s.tint([(150, 92, 74), (168, 128, 104), (128, 116, 112)][s.rng.integers(3)])
     s.rect(0, 0, 1, s.horizon, wall)
-    for j, y in enumerate(np.arange(0, s.horizon, .026)):
-        s.line(0, y, 1, y, _darker(wall, .84))
-        for x in np.arange((j % 2) * .07, 1, .14): s.line(x, y, x, min(y + .026, s.horizon), _darker(wall, .84))
-    if s.rng.random() < .5:
-        x, y = s.rng.uniform(-.1, .8), s.rng.uniform(.05, .25)
-        s.rect(x, y, x + .3, y + .22, s.tint((214, 206, 180), 30))
-        s.rect(x + .04, y + .03, x + .26, y + .12, s.tint((120, 120, 130), 60))
+    for j, y in enumerate(np.arange(0, s.horizon, 0.026)):
+        s.line(0, y, 1, y, _darker(wall, 0.84))
+        for x in np.arange((j % 2) * 0.07, 1, 0.14):
+            s.line(x, y, x, min(y + 0.026, s.horizon), _darker(wall, 0.84))
+    if s.rng.random() < 0.5:
+        x, y = s.rng.uniform(-0.1, 0.8), s.rng.uniform(0.05, 0.25)
+        s.rect(x, y, x + 0.3, y + 0.22, s.tint((214, 206, 180), 30))
+        s.rect(x + 0.04, y + 0.03, x + 0.26, y + 0.12, s.tint((120, 120, 130), 60))
     s.ground((140, 134, 128), 4)
+
 
 def _park(s):
     "Grass, trees and a path."
     s.rect(0, 0, 1, s.horizon, s.tint((176, 200, 214)))
     for _ in range(6):
-        x, r = s.rng.uniform(-.1, 1.1), s.rng.uniform(.18, .4)
-        s.rect(x - .025, s.horizon - .25, x + .025, s.horizon, s.tint((92, 74, 56)))
-        s.oval(x, s.horizon - s.rng.uniform(.2, .4), r, r * 1.2, s.tint((74, 112, 62)))
+        x, r = s.rng.uniform(-0.1, 1.1), s.rng.uniform(0.18, 0.4)
+        s.rect(x - 0.025, s.horizon - 0.25, x + 0.025, s.horizon, s.tint((92, 74, 56)))
+        s.oval(x, s.horizon - s.rng.uniform(0.2, 0.4), r, r * 1.2, s.tint((74, 112, 62)))
     s.ground((116, 146, 84))
-    x = s.rng.uniform(.1, .9)
-    s.poly([(x - .08, s.horizon), (x + .08, s.horizon), (x + .7, 1), (x - .6, 1)], s.tint((184, 168, 140)))
+    x = s.rng.uniform(0.1, 0.9)
+    s.poly(
+        [(x - 0.08, s.horizon), (x + 0.08, s.horizon), (x + 0.7, 1), (x - 0.6, 1)], s.tint((184, 168, 140))
+    )
 
 # %% ../nbs/01a_city.ipynb #62fa6ec3
 def _station(s):
     "Indoors: panels, a sign, shining tiles."
     wall = s.tint((188, 190, 182))
     s.rect(0, 0, 1, s.horizon, wall)
-    for x in np.arange(s.rng.uniform(-.3, 0), 1, .3): s.rect(x, 0, x + .015, s.horizon, _darker(wall, .75))
-    s.rect(0, .04, 1, .10, s.tint([(44, 78, 132), (160, 60, 48), (54, 104, 84)][s.rng.integers(3)]))
-    for x in np.arange(s.rng.uniform(0, .3), 1, .45): s.rect(x, .055, x + .2, .085, (232, 232, 226))
-    s.ground((172, 168, 158), 6, .9)
+    for x in np.arange(s.rng.uniform(-0.3, 0), 1, 0.3):
+        s.rect(x, 0, x + 0.015, s.horizon, _darker(wall, 0.75))
+    s.rect(0, 0.04, 1, 0.10, s.tint([(44, 78, 132), (160, 60, 48), (54, 104, 84)][s.rng.integers(3)]))
+    for x in np.arange(s.rng.uniform(0, 0.3), 1, 0.45):
+        s.rect(x, 0.055, x + 0.2, 0.085, (232, 232, 226))
+    s.ground((172, 168, 158), 6, 0.9)
+
 
 def _crossing(s):
     "A road: cars behind, stripes below."
     s.rect(0, 0, 1, s.horizon, s.tint((158, 166, 172)))
-    s.rect(0, s.horizon - .2, 1, s.horizon, s.tint((126, 128, 126)))
+    s.rect(0, s.horizon - 0.2, 1, s.horizon, s.tint((126, 128, 126)))
     s.ground((96, 98, 102))
-    x, car = s.rng.uniform(-.2, .8), s.tint([(168, 44, 42), (60, 84, 140), (208, 208, 206), (54, 56, 60)][s.rng.integers(4)])
-    y = s.horizon + .02
-    s.poly([(x, y - .07), (x + .1, y - .13), (x + .45, y - .13), (x + .58, y - .07)], s.tint((70, 84, 96)))
-    s.rect(x - .12, y - .07, x + .72, y, car)
-    for k in (.05, .5): s.oval(x + k, y, .08, .08, (30, 30, 32))
+    x, car = (
+        s.rng.uniform(-0.2, 0.8),
+        s.tint([(168, 44, 42), (60, 84, 140), (208, 208, 206), (54, 56, 60)][s.rng.integers(4)]),
+    )
+    y = s.horizon + 0.02
+    s.poly(
+        [(x, y - 0.07), (x + 0.1, y - 0.13), (x + 0.45, y - 0.13), (x + 0.58, y - 0.07)], s.tint((70, 84, 96))
+    )
+    s.rect(x - 0.12, y - 0.07, x + 0.72, y, car)
+    for k in (0.05, 0.5):
+        s.oval(x + k, y, 0.08, 0.08, (30, 30, 32))
     off = s.rng.random()
-    for i in range(5): s.poly([(i * .36 - .4 + off * .36, 1), (i * .36 - .2 + off * .36, 1), (i * .22 + off * .2, s.horizon + .14), (i * .22 - .1 + off * .2, s.horizon + .14)], (204, 204, 200))
+    for i in range(5):
+        s.poly(
+            [
+                (i * 0.36 - 0.4 + off * 0.36, 1),
+                (i * 0.36 - 0.2 + off * 0.36, 1),
+                (i * 0.22 + off * 0.2, s.horizon + 0.14),
+                (i * 0.22 - 0.1 + off * 0.2, s.horizon + 0.14),
+            ],
+            (204, 204, 200),
+        )
+
 
 def _shops(s):
     "Shop windows under awnings."
     s.rect(0, 0, 1, s.horizon, s.tint((120, 104, 94)))
-    x, w = s.rng.uniform(-.5, 0), s.rng.uniform(.5, .8)
+    x, w = s.rng.uniform(-0.5, 0), s.rng.uniform(0.5, 0.8)
     for i in range(4):
-        a, c = x + i * w, s.tint([(176, 56, 52), (58, 112, 96), (206, 168, 76), (70, 84, 130)][s.rng.integers(4)])
-        s.rect(a, .16, a + w - .06, s.horizon - .05, s.tint((196, 204, 196)))
+        a, c = (
+            x + i * w,
+            s.tint([(176, 56, 52), (58, 112, 96), (206, 168, 76), (70, 84, 130)][s.rng.integers(4)]),
+        )
+        s.rect(a, 0.16, a + w - 0.06, s.horizon - 0.05, s.tint((196, 204, 196)))
         for _ in range(4):
-            u, v = s.rng.uniform(a, a + w - .2), s.rng.uniform(.25, max(.26, s.horizon - .2))
-            s.rect(u, v, u + .12, v + .1, s.tint((150, 130, 110), 45))
-        for j in range(6): s.rect(a + j * w / 6, .06, a + (j + 1) * w / 6 - .005, .16, c if j % 2 else (226, 222, 212))
+            u, v = s.rng.uniform(a, a + w - 0.2), s.rng.uniform(0.25, max(0.26, s.horizon - 0.2))
+            s.rect(u, v, u + 0.12, v + 0.1, s.tint((150, 130, 110), 45))
+        for j in range(6):
+            s.rect(a + j * w / 6, 0.06, a + (j + 1) * w / 6 - 0.005, 0.16, c if j % 2 else (226, 222, 212))
     s.ground((166, 156, 146), 5)
 
+
 _PLACES = dict(street=_street, bricks=_bricks, park=_park, station=_station, crossing=_crossing, shops=_shops)
+
 
 def _scene(kind, rng, horizon):
     "One drawing of a kind of place."
@@ -347,6 +529,7 @@ def _scene(kind, rng, horizon):
 @dataclass(frozen=True)
 class Camera:
     "Where a camera stands and what it does to a picture."
+
     place: str  # its usual scenery
     gain: tuple  # colour cast: factors of red, green and blue
     gamma: float  # above 1 darkens
@@ -361,12 +544,12 @@ class Camera:
 
 # %% ../nbs/01a_city.ipynb #fd04b3fc
 CAMERAS = (
-    Camera('street', (1.05, 1.01, 0.93), 0.95, 0.3, 3, 88, .58, .00, .00, 20, 'pole'),
-    Camera('bricks', (0.95, 0.99, 1.07), 1.08, 0.6, 5, 80, .66, .03, .03, 90, 'bike'),
-    Camera('park', (0.97, 1.05, 0.96), 1.00, 0.4, 4, 86, .50, .05, -.02, 180, 'bush'),
-    Camera('station', (1.07, 1.02, 0.89), 1.12, 0.7, 8, 72, .36, .22, .00, 330, 'bin'),
-    Camera('crossing', (0.93, 0.97, 1.06), 1.22, 0.8, 6, 76, .46, .12, -.04, 270, 'car'),
-    Camera('shops', (1.05, 0.96, 1.03), 0.90, 0.5, 4, 66, .62, .00, .02, 200, 'pole'),
+    Camera('street', (1.05, 1.01, 0.93), 0.95, 0.3, 3, 88, 0.58, 0.00, 0.00, 20, 'pole'),
+    Camera('bricks', (0.95, 0.99, 1.07), 1.08, 0.6, 5, 80, 0.66, 0.03, 0.03, 90, 'bike'),
+    Camera('park', (0.97, 1.05, 0.96), 1.00, 0.4, 4, 86, 0.50, 0.05, -0.02, 180, 'bush'),
+    Camera('station', (1.07, 1.02, 0.89), 1.12, 0.7, 8, 72, 0.36, 0.22, 0.00, 330, 'bin'),
+    Camera('crossing', (0.93, 0.97, 1.06), 1.22, 0.8, 6, 76, 0.46, 0.12, -0.04, 270, 'car'),
+    Camera('shops', (1.05, 0.96, 1.03), 0.90, 0.5, 4, 66, 0.62, 0.00, 0.02, 200, 'pole'),
 )
 
 # %% ../nbs/01a_city.ipynb #e0553594
@@ -374,7 +557,7 @@ def _blocker(kind, rng):
     "Something between camera and person, on a transparent layer."
     layer = Image.new('RGBA', (256, 512), (0, 0, 0, 0))
     d, x = ImageDraw.Draw(layer), int(rng.uniform(-20, 276))
-    shade = lambda c: (*_darker(c, rng.uniform(.7, 1.2)), 255)
+    shade = lambda c: (*_darker(c, rng.uniform(0.7, 1.2)), 255)
     if kind == 'pole':
         d.rectangle([x, 0, x + 26, 512], fill=shade((96, 98, 100)))
         d.rectangle([x + 4, 0, x + 9, 512], fill=shade((150, 150, 150)))
@@ -383,41 +566,76 @@ def _blocker(kind, rng):
             u, v, r = x + rng.normal(0, 55), rng.uniform(395, 512), rng.uniform(22, 48)
             d.ellipse([u - r, v - r, u + r, v + r], fill=shade((58, 104, 54)))
     if kind == 'car':
-        d.rounded_rectangle([x - 150, 372, x + 150, 530], 30, fill=shade((150, 56, 52) if rng.random() < .5 else (86, 100, 128)))
+        d.rounded_rectangle(
+            [x - 150, 372, x + 150, 530],
+            30,
+            fill=shade((150, 56, 52) if rng.random() < 0.5 else (86, 100, 128)),
+        )
         d.rectangle([x - 150, 440, x + 150, 450], fill=(40, 40, 42, 255))
     if kind == 'bin':
         d.rounded_rectangle([x - 34, 370, x + 34, 512], 8, fill=shade((66, 92, 76)))
         d.rectangle([x - 40, 362, x + 40, 380], fill=shade((50, 66, 58)))
     if kind == 'bike':
-        for u in (x - 62, x + 62): d.ellipse([u - 44, 404, u + 44, 492], outline=(36, 36, 38, 255), width=8)
-        d.line([x - 62, 448, x - 20, 388, x + 44, 388, x + 62, 448, x, 448, x - 20, 388], fill=shade((180, 60, 50)), width=9)
+        for u in (x - 62, x + 62):
+            d.ellipse([u - 44, 404, u + 44, 492], outline=(36, 36, 38, 255), width=8)
+        d.line(
+            [x - 62, 448, x - 20, 388, x + 44, 388, x + 62, 448, x, 448, x - 20, 388],
+            fill=shade((180, 60, 50)),
+            width=9,
+        )
     return layer
 
 # %% ../nbs/01a_city.ipynb #646a14ad
 def _develop(rgb, cam, city, rng):
     "What the camera does: light, colour cast, gamma, blur and noise; (H, W, 3) of 0 to 1 in, uint8 out."
-    slope = rng.normal(0, .06, 2) * city.light
-    light = 1 + rng.normal(0, .05) * city.light + slope[0] * np.linspace(-1, 1, _H)[:, None, None] + slope[1] * np.linspace(-1, 1, _W)[None, :, None]
-    gain = 1 + (np.array(cam.gain) - 1) * city.cast + rng.normal(0, .01, 3) * city.cast
+    slope = rng.normal(0, 0.06, 2) * city.light
+    light = (
+        1
+        + rng.normal(0, 0.05) * city.light
+        + slope[0] * np.linspace(-1, 1, _H)[:, None, None]
+        + slope[1] * np.linspace(-1, 1, _W)[None, :, None]
+    )
+    gain = 1 + (np.array(cam.gain) - 1) * city.cast + rng.normal(0, 0.01, 3) * city.cast
     rgb = np.clip(rgb * light * gain, 0, 1) ** (1 + (cam.gamma - 1) * city.light)
     image = Image.fromarray((rgb * 255).astype(np.uint8))
-    image = image.filter(ImageFilter.GaussianBlur(cam.blur * city.blur * rng.uniform(.6, 1.5)))
-    noisy = np.asarray(image) + rng.normal(0, max(cam.noise * city.noise, 1e-6), (_H, _W, 1)) + rng.normal(0, max(cam.noise * city.noise / 2, 1e-6), (_H, _W, 3))
+    image = image.filter(ImageFilter.GaussianBlur(cam.blur * city.blur * rng.uniform(0.6, 1.5)))
+    noisy = (
+        np.asarray(image)
+        + rng.normal(0, max(cam.noise * city.noise, 1e-6), (_H, _W, 1))
+        + rng.normal(0, max(cam.noise * city.noise / 2, 1e-6), (_H, _W, 3))
+    )
     return Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))
+
 
 def _scenery(cam, city, rng):
     "The camera's usual kind of place, or another."
     kind = cam.place if rng.random() > city.variety else rng.choice(list(_PLACES))
-    image = _scene(kind, rng, float(np.clip(cam.horizon + rng.normal(0, .05), .25, .75)))
+    image = _scene(kind, rng, float(np.clip(cam.horizon + rng.normal(0, 0.05), 0.25, 0.75)))
     return Image.blend(Image.new('RGB', image.size, (160, 160, 158)), image, city.scenery)
+
 
 def _pose(pid, camid, shot, cam, city, rng):
     "Where somebody walks past: keywords of `draw_person`. Pictures of one walk have nearly one direction."
     walk = np.random.default_rng([city.seed, 2, abs(pid), camid, int(pid < 0)])
-    angle = cam.angle + (walk.normal(0, 30) if walk.random() < .6 else walk.uniform(0, 360)) + rng.normal(0, 14)
-    size = 452 * city.person(pid if pid > 0 else 10_000 + 1_000 * camid + shot).height * (1 + rng.normal(0, .03) * city.loose)
+    angle = (
+        cam.angle + (walk.normal(0, 30) if walk.random() < 0.6 else walk.uniform(0, 360)) + rng.normal(0, 14)
+    )
+    size = (
+        452
+        * city.person(pid if pid > 0 else 10_000 + 1_000 * camid + shot).height
+        * (1 + rng.normal(0, 0.03) * city.loose)
+    )
     centre = 128 + rng.normal(0, 8) * city.loose + (0 if pid >= 0 else rng.choice([-150, 150]))
-    return dict(angle=np.deg2rad(angle), step=rng.uniform(0, 2 * np.pi), centre=centre, top=492 - size + rng.normal(0, 6) * city.loose, size=size, lean=cam.lean, squash=cam.squash)
+    return dict(
+        angle=np.deg2rad(angle),
+        step=rng.uniform(0, 2 * np.pi),
+        centre=centre,
+        top=492 - size + rng.normal(0, 6) * city.loose,
+        size=size,
+        lean=cam.lean,
+        squash=cam.squash,
+    )
+
 
 def _stand(image, person, pose):
     "Puts somebody, with a shadow, into a scene."
@@ -429,18 +647,22 @@ def _stand(image, person, pose):
     image.paste(layer, (0, 0), layer)
 
 # %% ../nbs/01a_city.ipynb #3741384c
-def render(city: City,
-           pid: int,  # whom; 0 draws a passer-by, another for each shot; -1 a crop with hardly anybody in it
-           camid: int,  # which camera, from 0
-           shot: int = 0,  # number of the picture of this person in this camera
-          ) -> Image.Image:  # RGB, 128 x 64
+def render(
+    city: City,
+    pid: int,  # whom; 0 draws a passer-by, another for each shot; -1 a crop with hardly anybody in it
+    camid: int,  # which camera, from 0
+    shot: int = 0,  # number of the picture of this person in this camera
+) -> Image.Image:  # RGB, 128 x 64
     "Draws one picture; the same arguments give the same picture."
     rng, cam = np.random.default_rng([city.seed, 3, abs(pid), camid, shot, int(pid < 0)]), CAMERAS[camid]
-    person = city.person(pid if pid > 0 else 10_000 + 1_000 * camid + shot)  # passers-by: somebody new each time
+    # passers-by: somebody new each time
+    person = city.person(pid if pid > 0 else 10_000 + 1_000 * camid + shot)
     image = _scenery(cam, city, rng)
     _stand(image, person, _pose(pid, camid, shot, cam, city, rng))
     if rng.random() < city.occlusion:
-        front = _blocker(cam.blocker if rng.random() < .7 else rng.choice(['pole', 'bush', 'car', 'bike', 'bin']), rng)
+        front = _blocker(
+            cam.blocker if rng.random() < 0.7 else rng.choice(['pole', 'bush', 'car', 'bike', 'bin']), rng
+        )
         image.paste(front, (0, 0), front)
     side = 128 * (1 - 1 / city.zoom)  # pixels of the drawing left out on each side
     image = image.resize((_W, _H), Image.Resampling.BOX, box=(side, 0, 256 - side, 512))
@@ -450,53 +672,90 @@ def render(city: City,
 def city_plan(city: City) -> list:  # of (folder, file name, pid, camid, shot), in a fixed order
     "All pictures of a city."
     rng, plan = np.random.default_rng([city.seed, 4]), []
+
     def add(folder, pid, camid, shot):
-        plan.append((folder, f'{pid:04d}'.replace('-001', '-1') + f'_c{camid + 1}s1_{shot * 25:06d}_00.jpg', pid, camid, shot))
+        plan.append(
+            (
+                folder,
+                f'{pid:04d}'.replace('-001', '-1') + f'_c{camid + 1}s1_{shot * 25:06d}_00.jpg',
+                pid,
+                camid,
+                shot,
+            )
+        )
+
     for pid in range(1, city.n_train + city.n_test + 1):
-        seen = rng.permutation(len(CAMERAS))[:rng.integers(city.cameras_seen[0], city.cameras_seen[1] + 1)]
+        seen = rng.permutation(len(CAMERAS))[: rng.integers(city.cameras_seen[0], city.cameras_seen[1] + 1)]
         for camid in sorted(seen):
             test = pid > city.n_train
-            for shot in range(rng.integers(city.per_camera[0], city.per_camera[1] + 1) + test):      # people of the test: one more, the query
-                add('bounding_box_train' if not test else 'query' if shot == 0 else 'bounding_box_test', pid, int(camid), shot)
+            # people of the test: one more, the query
+            for shot in range(rng.integers(city.per_camera[0], city.per_camera[1] + 1) + test):
+                add(
+                    'bounding_box_train' if not test else 'query' if shot == 0 else 'bounding_box_test',
+                    pid,
+                    int(camid),
+                    shot,
+                )
     for pid, n in ((0, city.n_distractors), (-1, city.n_junk)):
-        for shot in range(n): add('bounding_box_test', pid, shot % len(CAMERAS), shot)
+        for shot in range(n):
+            add('bounding_box_test', pid, shot % len(CAMERAS), shot)
     return plan
 
 # %% ../nbs/01a_city.ipynb #4da2256d
 _PARTS = ('bounding_box_train', 'query', 'bounding_box_test')
 
+
 def city_folder(city: City) -> Path:
-    "Where a city is kept: in the user's cache, under a name made from its settings and the renderer's version."
+    """Where a city is kept: in the user's cache, under a name made from its settings and the renderer's
+    version."""
     key = hashlib.sha1(json.dumps([RENDERER, asdict(city)], sort_keys=True).encode()).hexdigest()[:10]
     return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'ccc' / f'city-{key}'
+
 
 def is_city(folder: Path) -> bool:
     "Whether a folder has the parts of a city."
     return all((folder / part).is_dir() for part in _PARTS)
 
+
 def write_city(city: City, folder: Path, n_threads: int = 0, progress: bool = True) -> Path:
-    "Draws all pictures into `folder`, new or empty; it appears only when it is whole, so that an interrupted drawing is never mistaken for a city. FileExistsError if something else is in it."
+    """Draws all pictures into `folder`, new or empty; it appears only when it is whole, so that an
+    interrupted drawing is never mistaken for a city. FileExistsError if something else is in it."""
     from tqdm.auto import tqdm
+
     if os.path.lexists(folder) and not is_city(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f'a city is drawn into a new or empty folder, got {folder}')
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=folder.name + '-', suffix='.tmp', dir=folder.parent))
+
     def draw(item):
         split, name, pid, camid, shot = item
         render(city, pid, camid, shot).save(part / split / name, quality=CAMERAS[camid].quality)
+
     try:
-        for split in _PARTS: (part / split).mkdir()
+        for split in _PARTS:
+            (part / split).mkdir()
         plan = city_plan(city)
         with ThreadPoolExecutor(n_threads or os.cpu_count()) as pool:
-            for _ in tqdm(pool.map(draw, plan), total=len(plan), desc='drawing the city', mininterval=1, disable=not progress, leave=False): pass
+            for _ in tqdm(
+                pool.map(draw, plan),
+                total=len(plan),
+                desc='drawing the city',
+                mininterval=1,
+                disable=not progress,
+                leave=False,
+            ):
+                pass
         _rename(part, folder)
-    finally: shutil.rmtree(part, ignore_errors=True)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     return folder
 
 # %% ../nbs/01a_city.ipynb #220e5ce3
 def _rename(part, folder):
     "Gives a finished folder its name; if somebody else finished first, theirs is the same and stays."
     part.chmod(0o755)  # mkdtemp makes private folders
-    try: part.rename(folder)
+    try:
+        part.rename(folder)
     except OSError:
-        if not is_city(folder): raise
+        if not is_city(folder):
+            raise

@@ -32,6 +32,7 @@ def _named(option, args, otherwise):
     first.add_argument(f'--{option}', nargs='?')
     return getattr(first.parse_known_args(args)[0], option) or otherwise
 
+
 def starting_point(args: list) -> Config:  # words after `ccc train`
     "The settings that the other options change: `--recipe`'s, the city's, or the published defaults."
     named = _named('recipe', args, '')
@@ -39,95 +40,130 @@ def starting_point(args: list) -> Config:  # words after `ccc train`
 
 # %% ../nbs/10_cli.ipynb #5f31fd64
 def _one_line(box, args=()):
-    "The text of tyro's complaint, without its box and its pointer to the help; words that the box had broken are whole again."
-    boxed = '╭' in box                               # else the terminal has no line drawing, and the title is a part of its own
+    """The text of tyro's complaint, without its box and its pointer to the help; words that the box had
+    broken are whole again."""
+    boxed = '╭' in box  # else the terminal has no line drawing, and the title is a part of its own
     text = re.sub(r'\s+', ' ', re.sub(r'╭.*╮|╰.*╯|│', ' ', box))
-    parts = [p.strip() for p in re.split(r'[─-]{8,}', text)][0 if boxed else 1:]
-    text = ' '.join(p for p in parts if p and not p.startswith(('Argument helptext', 'For full helptext'))).removeprefix('Error parsing config: ')
+    parts = [p.strip() for p in re.split(r'[─-]{8,}', text)][0 if boxed else 1 :]
+    text = ' '.join(
+        p for p in parts if p and not p.startswith(('Argument helptext', 'For full helptext'))
+    ).removeprefix('Error parsing config: ')
     for word in (w for w in args if 20 < len(w) < 5000):
         broken = r'\s*'.join(map(re.escape, re.sub(r'\s', '', word)))
         text = re.sub(broken, lambda m, word=word: word, text)
     return text
 
 # %% ../nbs/10_cli.ipynb #d3e39a0b
-def read_options(kind,  # a dataclass of options
-                 args: list,  # words of the command line
-                 prog: str,  # how the command is called
-                 default=None):  # an instance of `kind` to start from
+def read_options(
+    kind,  # a dataclass of options
+    args: list,  # words of the command line
+    prog: str,  # how the command is called
+    default=None,  # an instance of `kind` to start from
+):
     "The options as an instance of `kind`; ValueError in one line for what does not fit."
     import tyro
+
     said, keep = io.StringIO(), {} if default is None else dict(default=default)
     try:
-        with contextlib.redirect_stderr(said): return tyro.cli(kind, args=args, prog=prog, **keep)
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, args=args, prog=prog, **keep)
     except SystemExit as stop:
-        if not stop.code: raise                      # --help has been shown
+        if not stop.code:
+            raise  # --help has been shown
         raise ValueError(_one_line(said.getvalue(), args)) from None
 
 # %% ../nbs/10_cli.ipynb #a3a26f7b
 @dataclass
 class TrainOptions:
-    "Train by 3C. Bare, the recipe `city`; with --dataset, the published defaults; with --recipe, a published run."
+    """Train by 3C. Bare, the recipe `city`; with --dataset, the published defaults; with --recipe, a
+    published run."""
+
     config: Config  # all settings
-    resume: Path | None = None  # go on with the run in this folder; settings that do not decide its weights may be given anew, as --num-epochs, --root-dir, --device
+    # go on with the run in this folder; settings that do not decide its weights may be given anew, as
+    # --num-epochs, --root-dir, --device
+    resume: Path | None = None
     print_config: bool = False  # show the settings and the command that gives them, and stop
-    label_maker: str | None = None  # a label maker of your own, module:object (`ccc.parts`); the next four likewise
+    # a label maker of your own, module:object (`ccc.parts`); the next four likewise
+    label_maker: str | None = None
     memory: str | None = None  # module:object, PseudoLabels -> nn.Module
     sampler: str | None = None  # module:object, (labels, camids, config, epoch) -> batches of positions
     augment: str | None = None  # module:object, (images, generator) -> images
     loss: str | None = None  # module:object, (z, y, camids, positions) -> scalar, added to the memory's
 
+
 def train_options(args: list) -> TrainOptions:  # words after `ccc train`
     "Settings and wishes of `ccc train`."
     import tyro
+
     run = _named('resume', args, None)
     base = settings_of(Path(run)) if run else starting_point(args)
     options = read_options(tyro.conf.OmitArgPrefixes[TrainOptions], args, 'ccc train', TrainOptions(base))
-    if run: refuse_others(args, options.config, base)
+    if run:
+        refuse_others(args, options.config, base)
     return options
 
-def refuse_others(args: list,  # words of the command
-                  config: Config, own: Config):  # what the words give, and the settings of the run
+
+def refuse_others(
+    args: list,  # words of the command
+    config: Config,
+    own: Config,  # what the words give, and the settings of the run
+):
     "ValueError for settings that decide the weights of a run: it has its own."
-    if _named('recipe', args, None): raise ValueError('a run has its own settings, got also --recipe')
+    if _named('recipe', args, None):
+        raise ValueError('a run has its own settings, got also --recipe')
     changed_settings(own, **changes(config, own))
 
 # %% ../nbs/10_cli.ipynb #ce1bea54
 def print_config(config: Config):
     "All settings, those that differ from the published defaults marked, and the command that gives them."
     told = changes(config)
-    for f in fields(Config): print(f'{"*" if f.name in told else " "} {f.name:24}{getattr(config, f.name)!r}')
+    for f in fields(Config):
+        print(f'{"*" if f.name in told else " "} {f.name:24}{getattr(config, f.name)!r}')
     print(f'\n* differs from the published default\n{command(config)}')
 
 # %% ../nbs/10_cli.ipynb #7cb12df9
 def train(args: list):  # words after `ccc train`
     "train by 3C; bare: the rendered city"
     options = train_options(args)
-    if options.print_config: return print_config(options.config)
+    if options.print_config:
+        return print_config(options.config)
     check_places(options.config)
     from ccc.training import fit
     from ccc.parts import Parts
+
     parts = Parts.load(**{f.name: getattr(options, f.name) for f in fields(Parts)})
-    if options.resume is None: fit(options.config, **vars(parts))
-    else: fit(resume=options.resume, **vars(parts), **changes(options.config, settings_of(options.resume)))
+    if options.resume is None:
+        fit(options.config, **vars(parts))
+    else:
+        fit(resume=options.resume, **vars(parts), **changes(options.config, settings_of(options.resume)))
 
 # %% ../nbs/10_cli.ipynb #3a996a4f
 def settings_of(run: Path) -> Config:  # folder of a run
     "The settings a run was made with; ValueError for a folder that is no run, or of another version."
     from ccc.runs import RunFolder
+
     return RunFolder(run).config
 
 # %% ../nbs/10_cli.ipynb #01306290
 @dataclass
 class EvaluateOptions:
-    "Evaluate a run again: the weights of its last epoch, or of its best; with the cross-camera rule and without."
+    """Evaluate a run again: the weights of its last epoch, or of its best; with the cross-camera rule and
+    without."""
+
     run: Path  # folder of the run
-    config: Config  # the run's settings; those that do not decide its weights may be given anew, as --rerank, --root-dir, --device
+    # the run's settings; those that do not decide its weights may be given anew, as --rerank, --root-dir,
+    # --device
+    config: Config
     best: bool = False  # the epoch of highest mAP, which was chosen on the test set
-    data: str | None = None  # a folder or table of your own with query and gallery, and perhaps its --pattern; none: the data of the run
+    # a folder or table of your own with query and gallery, and perhaps its --pattern; none: the data of the
+    # run
+    data: str | None = None
+
 
 def evaluate(args: list):  # words after `ccc evaluate`
     "mAP and CMC of a run"
     import tyro
+
     kind = tyro.conf.PositionalRequiredArgs[tyro.conf.OmitArgPrefixes[EvaluateOptions]]
     run = read_options(kind, args, 'ccc evaluate', EvaluateOptions(tyro.MISSING, Config())).run
     own = settings_of(run)
@@ -136,30 +172,53 @@ def evaluate(args: list):  # words after `ccc evaluate`
     refuse_others(args, replace(c, pattern=own.pattern) if options.data else c, own)
     from ccc.model import load
     from ccc.training import open_dataset, rank_gallery
+
     model = load(run, 'best' if options.best else 'last', c.device)
-    data = open_dataset(Config(dataset='folder', root_dir=options.data, pattern=c.pattern, num_workers=c.num_workers) if options.data else c)
-    why = explain(data.query, data.gallery)              # says so at once if there is nothing to evaluate
+    data = open_dataset(
+        Config(dataset='folder', root_dir=options.data, pattern=c.pattern, num_workers=c.num_workers)
+        if options.data
+        else c
+    )
+    why = explain(data.query, data.gallery)  # says so at once if there is nothing to evaluate
     q, g = model.embed(data.query), model.embed(data.gallery)
-    print(f'epoch {model.info["epochs"]}{", re-ranked" if c.rerank else ""}: {rank_gallery(q, g, data.query, data.gallery, c.eval_dist, c.rerank)}')
-    print(f'without the cross-camera rule: {rank_gallery(q, g, data.query, data.gallery, c.eval_dist, c.rerank, cross_camera=False)}')
+    print(
+        f'epoch {model.info["epochs"]}{", re-ranked" if c.rerank else ""}:'
+        f' {rank_gallery(q, g, data.query, data.gallery, c.eval_dist, c.rerank)}'
+    )
+    print(
+        'without the cross-camera rule:'
+        f' {rank_gallery(q, g, data.query, data.gallery, c.eval_dist, c.rerank, cross_camera=False)}'
+    )
     print(*why, sep='\n', end='\n' if why else '')
 
 # %% ../nbs/10_cli.ipynb #60513711
-def explain(query, gallery,  # splits
-            most: int = 3,  # examples of each reason
-           ) -> list:  # lines of text
+def explain(
+    query,
+    gallery,  # splits
+    most: int = 3,  # examples of each reason
+) -> list:  # lines of text
     "Why queries have no match; ValueError if none has one."
     from ccc.training import REASONS, why_no_match
+
     why = why_no_match(query, gallery)
-    lines = [f'{len(at)} of {len(query)} queries have no match, {REASONS[r]}: {", ".join(one_line(Path(query.paths[i]).name) for i in at[:most])}{", …" if len(at) > most else ""}'
-             for r in range(1, len(REASONS)) if len(at := (why == r).nonzero()[0])]
-    if why.all(): raise ValueError('an evaluation needs a query with a match in the gallery; ' + ('; '.join(lines) or 'got no query at all'))
+    lines = [
+        f'{len(at)} of {len(query)} queries have no match, {REASONS[r]}:'
+        f' {", ".join(one_line(Path(query.paths[i]).name) for i in at[:most])}{", …" if len(at) > most else ""}'
+        for r in range(1, len(REASONS))
+        if len(at := (why == r).nonzero()[0])
+    ]
+    if why.all():
+        raise ValueError(
+            'an evaluation needs a query with a match in the gallery; '
+            + ('; '.join(lines) or 'got no query at all')
+        )
     return lines
 
 # %% ../nbs/10_cli.ipynb #347c9fd7
 @dataclass
 class LabelOptions:
     "Clusters and confidence of a folder of crops: a table OUT.csv and a page OUT.html to look through."
+
     images: str  # folder of crops, or a table with a column path
     model: str  # folder of a run, a checkpoint or an exported model
     out: str = 'labels'  # beginning of the two file names
@@ -169,30 +228,39 @@ class LabelOptions:
     blur: bool = False  # hide heads on the page: the upper quarter of each crop
     force: bool = False  # replace files that ccc did not write
 
+
 def label(args: list):  # words after `ccc label`
     "cluster a folder of crops"
     import tyro
+
     o = read_options(tyro.conf.PositionalRequiredArgs[LabelOptions], args, 'ccc label')
     _at_least_one(num_clusters=o.num_clusters, k1=o.k1, min_instances=o.min_instances)
     table, page = f'{o.out}.csv', f'{o.out}.html'
-    check_free(table, page, force=o.force)                 # before the work, not after
+    check_free(table, page, force=o.force)  # before the work, not after
     from ccc.model import load, open_crops, write_labels, write_page
+
     model, (crops, notes) = load(o.model), open_crops(o.images)
     print(*notes, sep='\n', end='\n' if notes else '')
     labels = model.label(crops, o.num_clusters, o.k1, o.min_instances)
     write_labels(table, crops.paths, labels, force=o.force)
     write_page(page, crops, labels, blur=o.blur, table=table, force=o.force)
-    print(f'{len(crops):,} images, {labels.n_clusters:,} clusters, {labels.n_outliers:,} images in none: {one_line(table)}, {one_line(page)}')
+    print(
+        f'{len(crops):,} images, {labels.n_clusters:,} clusters, {labels.n_outliers:,} images in none:'
+        f' {one_line(table)}, {one_line(page)}'
+    )
+
 
 def _at_least_one(**values):
     "ValueError for an option below 1 or beyond what can be meant; None is the option left out."
     for name, value in values.items():
-        if value is not None and not 1 <= value <= 1_000_000_000: raise ValueError(f'{name} must lie between 1 and a billion, got {name}={value}')
+        if value is not None and not 1 <= value <= 1_000_000_000:
+            raise ValueError(f'{name} must lie between 1 and a billion, got {name}={value}')
 
 # %% ../nbs/10_cli.ipynb #c5a53cb5
 @dataclass
 class SearchOptions:
     "The images of a gallery most like each query, as lines of query, rank, cosine, image."
+
     query: str  # image, folder of crops or table
     gallery: str  # folder of crops, table, or an index saved before (.faiss)
     model: str  # folder of a run, a checkpoint or an exported model
@@ -200,23 +268,34 @@ class SearchOptions:
     save: str | None = None  # keep the index of the gallery here (.faiss), for the next search
     force: bool = False  # with --save: replace files that ccc did not write
 
+
 def search(args: list):  # words after `ccc search`
     "find the crops most like a query"
     import tyro
+
     o = read_options(tyro.conf.PositionalRequiredArgs[SearchOptions], args, 'ccc search')
     _at_least_one(k=o.k)
-    if o.save and not o.save.endswith('.faiss'): raise ValueError(f'save must end in .faiss, got {o.save}')
-    if o.save: check_free(o.save, Path(o.save).with_suffix('.json'), force=o.force)
+    if o.save and not o.save.endswith('.faiss'):
+        raise ValueError(f'save must end in .faiss, got {o.save}')
+    if o.save:
+        check_free(o.save, Path(o.save).with_suffix('.json'), force=o.force)
     from ccc.model import Index, load, open_crops
+
     def opened(path):
         "The images of a folder or table; what cannot be read is named beside the hits, not among them."
         crops, notes = open_crops(path)
-        for note in notes: print(f'ccc search: {one_line(path)}: {note}', file=sys.stderr)
+        for note in notes:
+            print(f'ccc search: {one_line(path)}: {note}', file=sys.stderr)
         return crops
-    saved, one = Index.load(o.gallery) if o.gallery.endswith('.faiss') else None, Path(o.query).is_file() and Path(o.query).suffix.lower() not in TABLES
+
+    saved, one = (
+        Index.load(o.gallery) if o.gallery.endswith('.faiss') else None,
+        Path(o.query).is_file() and Path(o.query).suffix.lower() not in TABLES,
+    )
     model = load(o.model)
     gallery = saved if saved is not None else model.index(opened(o.gallery))
-    if o.save: gallery.save(o.save, o.force)
+    if o.save:
+        gallery.save(o.save, o.force)
     for q, rank, name, cosine in model.search(o.query if one else opened(o.query), gallery, o.k).rows():
         print(f'{one_line(q)}\t{rank}\t{cosine:.3f}\t{one_line(name)}')
 
@@ -224,6 +303,7 @@ def search(args: list):  # words after `ccc search`
 @dataclass
 class ExportOptions:
     "One file to take away, checked on real images, with a card beside it."
+
     model: str  # folder of a run or a checkpoint
     path: str  # of the file: .onnx, .pt2 or .safetensors
     images: str  # folder of crops or table, for the check: the first 16 are compared
@@ -231,214 +311,395 @@ class ExportOptions:
     normalised: bool = False  # ONNX for trackers: takes float32 images that are normalised already
     force: bool = False  # replace files that ccc did not write
 
+
 def export(args: list):  # words after `ccc export`
     "write a model as ONNX, torch.export or safetensors"
     import tyro
+
     o = read_options(tyro.conf.PositionalRequiredArgs[ExportOptions], args, 'ccc export')
     from ccc.model import load, open_crops
+
     model = load(o.model)
     write = model.export_normalised if o.normalised else model.export
     lowest = write(o.path, open_crops(o.images)[0], o.licence, o.force)
-    print(f'{one_line(o.path)}: cosine to the original at least {lowest:.7f} on real images; {one_line(Path(o.path).with_suffix(".md"))}')
+    print(
+        f'{one_line(o.path)}: cosine to the original at least {lowest:.7f} on real images;'
+        f' {one_line(Path(o.path).with_suffix(".md"))}'
+    )
 
 # %% ../nbs/10_cli.ipynb #07a72f22
 @dataclass
 class DataOptions:
     "Find a data set and count it."
+
     dataset: Literal['city', 'market1501', 'msmt17', 'veri', 'folder'] = 'city'  # which
     root_dir: str = '~/Dataset'  # its folder or the one above; the default also looks at $CCC_DATA
     subset_ids: int | None = None  # only the first so many identities
     pattern: str | None = None  # `folder`: regular expression with groups pid and camid for file names
     check_counts: bool = True  # a benchmark must have its published numbers of images and identities
 
+
 def data(args: list):  # words after `ccc data`
     "count images, identities and cameras, and say where they are; check a folder of your own"
     import numpy as np
     from ccc.data import load_dataset
     from ccc.training import open_dataset
+
     options = read_options(DataOptions, args, 'ccc data')
-    if options.dataset == 'folder': return print(check_images(load_dataset('folder', options.root_dir, pattern=options.pattern)))
-    dataset = open_dataset(Config(dataset=options.dataset, root_dir=options.root_dir, subset_ids=options.subset_ids, pattern=options.pattern, check_counts=options.check_counts))
+    if options.dataset == 'folder':
+        return print(check_images(load_dataset('folder', options.root_dir, pattern=options.pattern)))
+    dataset = open_dataset(
+        Config(
+            dataset=options.dataset,
+            root_dir=options.root_dir,
+            subset_ids=options.subset_ids,
+            pattern=options.pattern,
+            check_counts=options.check_counts,
+        )
+    )
     where = one_line(dataset.root).replace(str(Path.home()), '~', 1)
-    for note in dataset.notes: print(one_line(note))
-    print(f'{dataset.name} in {where}\n{"":8}{"images":>9}{"identities":>12}{"cameras":>9}   images of each camera')
+    for note in dataset.notes:
+        print(one_line(note))
+    print(
+        f'{dataset.name} in {where}\n{"":8}{"images":>9}{"identities":>12}{"cameras":>9}   images of each'
+        ' camera'
+    )
     for name in ('train', 'query', 'gallery'):
         split = getattr(dataset, name)
         cameras = np.bincount(split.camids)
-        print(f'{name:8}{len(split):9,}{len(np.unique(split.pids)):12,}{np.count_nonzero(cameras):9}   {" ".join(map(str, cameras))}')
+        print(
+            f'{name:8}{len(split):9,}{len(np.unique(split.pids)):12,}{np.count_nonzero(cameras):9}  '
+            f' {" ".join(map(str, cameras))}'
+        )
 
 # %% ../nbs/10_cli.ipynb #2ed13565
 @dataclass
 class ReportOptions:
     "Write everything there is to see of a run into one HTML file that opens offline."
+
     run: Path  # folder of the run
     out: Path | None = None  # the file; none: report.html in the run's folder
     network: bool = True  # also galleries, errors and CHD, from the last weights: embeds all images once
     force: bool = False  # replace a file that ccc did not write
 
+
 def report(args: list):  # words after `ccc report`
     "write a run's pictures and numbers into one HTML file"
     import tyro
+
     options = read_options(tyro.conf.PositionalRequiredArgs[ReportOptions], args, 'ccc report')
     from ccc.report import write_report
+
     print(f'written: {one_line(write_report(options.run, options.out, options.network, options.force))}')
 
 # %% ../nbs/10_cli.ipynb #4f504636
 @dataclass
 class AblateOptions:
-    "Run what is missing of a study of the paper and print its table. --dataset names the data (bare: the rendered city); other options of `ccc train` change what all rows start from."
+    """Run what is missing of a study of the paper and print its table. --dataset names the data (bare: the
+    rendered city); other options of `ccc train` change what all rows start from."""
+
     study: Literal['clusterers', 'rules', 'backbones', 'clusters', 'all']  # which
     config: Config  # settings of all rows; --seed is the first seed
     seeds: int = 3  # runs of each row
     jobs: int | None = None  # runs at a time; none: one for each GPU, or one
     dry_run: bool = False  # only say what is missing, what is cached and how long it will take
 
+
 def ablate(args: list):  # words after `ccc ablate`
     "run the paper's studies: what is missing, then the table"
     import tyro
     from ccc.studies import STUDIES, ablate, outlook, plan, results, study_base, study_configs, study_table
+
     start_from = AblateOptions(tyro.MISSING, study_base(_named('dataset', args, 'city')))
-    o = read_options(tyro.conf.PositionalRequiredArgs[tyro.conf.OmitArgPrefixes[AblateOptions]], args, 'ccc ablate', start_from)
+    o = read_options(
+        tyro.conf.PositionalRequiredArgs[tyro.conf.OmitArgPrefixes[AblateOptions]],
+        args,
+        'ccc ablate',
+        start_from,
+    )
     check_places(o.config)
-    if o.seeds < 1 or o.jobs is not None and o.jobs < 1: raise ValueError(f'seeds and jobs must be at least 1, got {o.seeds} and {o.jobs}')
-    configs, folder = study_configs(o.study, o.config, o.seeds), Path(o.config.log_dir).expanduser() / f'ablate-{o.config.dataset}'
-    if o.dry_run: return print(outlook(plan(configs, o.config, folder), folder, o.jobs))
+    if o.seeds < 1 or o.jobs is not None and o.jobs < 1:
+        raise ValueError(f'seeds and jobs must be at least 1, got {o.seeds} and {o.jobs}')
+    configs, folder = (
+        study_configs(o.study, o.config, o.seeds),
+        Path(o.config.log_dir).expanduser() / f'ablate-{o.config.dataset}',
+    )
+    if o.dry_run:
+        return print(outlook(plan(configs, o.config, folder), folder, o.jobs))
     left_out, found = ablate(configs, o.config, folder, o.jobs), results(folder, configs)
-    for name in STUDIES if o.study == 'all' else [o.study]: print('', *study_table(name, o.config, found), sep='\n')
-    if left_out: print(f'{len(left_out)} runs are left out: blank above, or with fewer seeds')
+    for name in STUDIES if o.study == 'all' else [o.study]:
+        print('', *study_table(name, o.config, found), sep='\n')
+    if left_out:
+        print(f'{len(left_out)} runs are left out: blank above, or with fewer seeds')
 
 # %% ../nbs/10_cli.ipynb #975bf023
 @dataclass
 class SuggestOptions:
-    "eps of DBSCAN and a number of clusters, chosen without identities from the training images' Jaccard graph as the network of these options sees it before training."
+    """eps of DBSCAN and a number of clusters, chosen without identities from the training images' Jaccard
+    graph as the network of these options sees it before training."""
+
     config: Config  # settings, as of `ccc train`
-    run: Path | None = None  # as the network of this run sees it now, with its own settings; then also its epoch
+    # as the network of this run sees it now, with its own settings; then also its epoch
+    run: Path | None = None
+
 
 def suggest_options(args: list) -> SuggestOptions:  # words after `ccc suggest`
     "Settings and wishes of `ccc suggest`."
     import tyro
+
     run = _named('run', args, None)
     base = settings_of(Path(run)) if run else starting_point(args)
-    options = read_options(tyro.conf.OmitArgPrefixes[SuggestOptions], args, 'ccc suggest', SuggestOptions(base))
-    if run: refuse_others(args, options.config, base)
+    options = read_options(
+        tyro.conf.OmitArgPrefixes[SuggestOptions], args, 'ccc suggest', SuggestOptions(base)
+    )
+    if run:
+        refuse_others(args, options.config, base)
     return options
+
 
 def suggest(args: list):  # words after `ccc suggest`
     "choose eps and the number of clusters without identities"
     o = suggest_options(args)
     c = o.config
-    if c.no_jaccard: raise ValueError('suggestions are made on the Jaccard graph, got --no-jaccard')
+    if c.no_jaccard:
+        raise ValueError('suggestions are made on the Jaccard graph, got --no-jaccard')
     from ccc.choosing import likely_clusters, suggest_eps, suggest_epoch
     from ccc.labels import build_graph
     from ccc.model import load
     from ccc.training import Trainer, open_dataset
-    if o.run: print(suggest_epoch(o.run))
+
+    if o.run:
+        print(suggest_epoch(o.run))
     x = load(o.run).embed(open_dataset(c).train) if o.run else Trainer(c).extract()
-    eps = suggest_eps(x, graph=build_graph(x, k1=c.jaccard_k1, k2=c.jaccard_k2, index=c.knn_index), min_instances=c.cluster_min_instances)
+    eps = suggest_eps(
+        x,
+        graph=build_graph(x, k1=c.jaccard_k1, k2=c.jaccard_k2, index=c.knn_index),
+        min_instances=c.cluster_min_instances,
+    )
     n_clusters = likely_clusters(eps, len(x))
-    print(f"{eps}\n  {eps.told['n_clusters'][eps.at]} clusters, {eps.told['n_outliers'][eps.at]} of {len(x)} images in none; {n_clusters} clusters, had these come in clusters, too")
+    print(
+        f"{eps}\n  {eps.told['n_clusters'][eps.at]} clusters, {eps.told['n_outliers'][eps.at]} of {len(x)}"
+        f" images in none; {n_clusters} clusters, had these come in clusters, too"
+    )
     print(f'--dbscan-eps {eps.value} --num-clusters {n_clusters}')
 
 # %% ../nbs/10_cli.ipynb #a23be350
-COMMANDS = dict(train=train, suggest=suggest, ablate=ablate, evaluate=evaluate, report=report, label=label, search=search, export=export, data=data)
+COMMANDS = dict(
+    train=train,
+    suggest=suggest,
+    ablate=ablate,
+    evaluate=evaluate,
+    report=report,
+    label=label,
+    search=search,
+    export=export,
+    data=data,
+)
+
 
 def usage() -> str:
     "The text of `ccc --help`."
     lines = [f'  ccc {name:10}{run.__doc__}' for name, run in COMMANDS.items()]
-    return '\n'.join(['3C: unsupervised person re-identification.', '', *lines, '', 'ccc COMMAND --help tells the options of a command.'])
+    return '\n'.join(
+        [
+            '3C: unsupervised person re-identification.',
+            '',
+            *lines,
+            '',
+            'ccc COMMAND --help tells the options of a command.',
+        ]
+    )
 
 # %% ../nbs/10_cli.ipynb #climain0
-_PYTHON_NAMES = dict(root='root-dir', n_clusters='num-clusters', eps='dbscan-eps', run='resume')      # of arguments; other arguments are called as their options
+# of arguments; other arguments are called as their options
+_PYTHON_NAMES = dict(root='root-dir', n_clusters='num-clusters', eps='dbscan-eps', run='resume')
+
 
 def _options(command):
     "The names of a command's options, as fields."
-    kinds = dict(label=LabelOptions, search=SearchOptions, export=ExportOptions, data=DataOptions, report=ReportOptions, evaluate=EvaluateOptions)
-    own = [f.name for f in fields(kinds[command])] if command in kinds else [f.name for f in fields(Config)] + 'resume seeds jobs'.split()
-    return {name: name.replace('_', '-') for name in own} | {python: option for python, option in _PYTHON_NAMES.items() if option.replace('-', '_') in own}
+    kinds = dict(
+        label=LabelOptions,
+        search=SearchOptions,
+        export=ExportOptions,
+        data=DataOptions,
+        report=ReportOptions,
+        evaluate=EvaluateOptions,
+    )
+    own = (
+        [f.name for f in fields(kinds[command])]
+        if command in kinds
+        else [f.name for f in fields(Config)] + 'resume seeds jobs'.split()
+    )
+    return {name: name.replace('_', '-') for name in own} | {
+        python: option for python, option in _PYTHON_NAMES.items() if option.replace('-', '_') in own
+    }
 
-def in_options(text: str,  # a message that names arguments of Python
-               command: str) -> str:  # the same message, naming options of this command
-    "What a user of the command line can do about an error: `lr=0` becomes `--lr 0`, and `force=True` becomes `--force`."
+
+def in_options(
+    text: str,  # a message that names arguments of Python
+    command: str,
+) -> str:  # the same message, naming options of this command
+    """What a user of the command line can do about an error: `lr=0` becomes `--lr 0`, and `force=True`
+    becomes `--force`."""
     names, edge = _options(command), r"(?<![\w/.'\"-])"
     known = '|'.join(sorted(map(re.escape, names), key=len, reverse=True))
-    text = re.sub(rf'{edge}({known})=(True|False)\b', lambda m: f'--{"no-" if m[2] == "False" else ""}{names[m[1]]}', text)
+    text = re.sub(
+        rf'{edge}({known})=(True|False)\b',
+        lambda m: f'--{"no-" if m[2] == "False" else ""}{names[m[1]]}',
+        text,
+    )
     text = re.sub(rf'{edge}({known})=(,? ?)', lambda m: f'--{names[m[1]]}{m[2] or " "}', text)
-    text = re.sub(rf"{edge}({known})(?=[\s,;:]|$)", lambda m: f'--{names[m[1]]}' if '_' in m[1] else m[0], text)
+    text = re.sub(
+        rf"{edge}({known})(?=[\s,;:]|$)", lambda m: f'--{names[m[1]]}' if '_' in m[1] else m[0], text
+    )
     return re.sub(rf'(^|; )({known})(?= (?:must|needs|is )\b)', lambda m: f'{m[1]}--{names[m[2]]}', text)
 
 # %% ../nbs/10_cli.ipynb #climain1
-_LOWER = dict(train='--batch-size, --height and --width, or --subset-ids', suggest='--subset-ids, --height and --width', ablate='--jobs, --batch-size, --height and --width', report='the pictures of the network: --no-network',
-              label='--k1, or the number of images', search='the number of images', export='--images, to a folder of few', evaluate='the number of images, or leave out --rerank', data='--subset-ids')
+_LOWER = dict(
+    train='--batch-size, --height and --width, or --subset-ids',
+    suggest='--subset-ids, --height and --width',
+    ablate='--jobs, --batch-size, --height and --width',
+    report='the pictures of the network: --no-network',
+    label='--k1, or the number of images',
+    search='the number of images',
+    export='--images, to a folder of few',
+    evaluate='the number of images, or leave out --rerank',
+    data='--subset-ids',
+)
+
 
 def _out_of_memory(error):
     "Whether an error means that memory ran out: Python, NumPy, torch and FAISS each say so in their own way."
-    return isinstance(error, MemoryError) or getattr(error, 'errno', None) == errno.ENOMEM or (isinstance(error, (RuntimeError, ValueError)) and
-           bool(re.search(r"out of memory|can't allocate memory|not enough memory|bad_alloc|cannot allocate memory|unable to allocate", str(error), re.I)))
+    return (
+        isinstance(error, MemoryError)
+        or getattr(error, 'errno', None) == errno.ENOMEM
+        or (
+            isinstance(error, (RuntimeError, ValueError))
+            and bool(
+                re.search(
+                    r"out of memory|can't allocate memory|not enough memory|bad_alloc|cannot allocate"
+                    r" memory|unable to allocate",
+                    str(error),
+                    re.I,
+                )
+            )
+        )
+    )
+
 
 def _sizes(command, args):
     "What a run asks for, in numbers."
-    if command not in ('train', 'suggest'): return ''
+    if command not in ('train', 'suggest'):
+        return ''
     c = (train_options if command == 'train' else suggest_options)(args).config
-    return f'images of {c.height} x {c.width} take {3 * c.height * c.width / 1e6:,.2f} MB each, a batch has {c.batch_size}; '
+    return (
+        f'images of {c.height} x {c.width} take {3 * c.height * c.width / 1e6:,.2f} MB each, a batch has'
+        f' {c.batch_size}; '
+    )
+
 
 def explained(error: Exception, command: str, args: list) -> str:  # one line
     "An error as the user of a command reads it: what went wrong, and the option that helps."
     first = re.sub(r'\s*\n\s*', ' ', str(error)).strip()
-    if isinstance(error, OSError) and error.strerror: first = f'{error.filename}: {error.strerror}' if error.filename is not None else str(error.strerror)
-    if _out_of_memory(error): text = f'out of memory ({first[:160] or "no more to be had"}): {_sizes(command, args)}lower {_LOWER.get(command, "the sizes")}'
-    elif isinstance(error, (ValueError, OSError, ImportError)): text = in_options(first, command)
-    else: text = f'this was not foreseen: {type(error).__name__}: {first[:300]} (with CCC_DEBUG=1 it shows where)'
+    if isinstance(error, OSError) and error.strerror:
+        first = f'{error.filename}: {error.strerror}' if error.filename is not None else str(error.strerror)
+    if _out_of_memory(error):
+        text = (
+            f'out of memory ({first[:160] or "no more to be had"}): {_sizes(command, args)}lower'
+            f' {_LOWER.get(command, "the sizes")}'
+        )
+    elif isinstance(error, (ValueError, OSError, ImportError)):
+        text = in_options(first, command)
+    else:
+        text = (
+            f'this was not foreseen: {type(error).__name__}: {first[:300]} (with CCC_DEBUG=1 it shows where)'
+        )
     return one_line(text)
 
 # %% ../nbs/10_cli.ipynb #climain2
 def _printable(stream):
-    "A stream that takes every file name: names that are no UTF-8 leave as the bytes they are, and what an encoding lacks is shown as an escape."
-    if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='surrogateescape' if (stream.encoding or '').lower().replace('-', '') == 'utf8' else 'backslashreplace')
+    """A stream that takes every file name: names that are no UTF-8 leave as the bytes they are, and what
+    an encoding lacks is shown as an escape."""
+    if hasattr(stream, 'reconfigure'):
+        stream.reconfigure(
+            errors=(
+                'surrogateescape'
+                if (stream.encoding or '').lower().replace('-', '') == 'utf8'
+                else 'backslashreplace'
+            )
+        )
+
 
 def _close_quietly():
     "After whoever read our output has gone: what is left to say goes nowhere, at the end of the program too."
-    with contextlib.suppress(OSError, ValueError, AttributeError): os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
 
 class _Unheard(io.TextIOBase):
-    "Standard output for a command that goes on when nobody reads it any more: a training run is not ended by `| head`."
-    def __init__(self, stream): self.stream = stream
+    """Standard output for a command that goes on when nobody reads it any more: a training run is not
+    ended by `| head`."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
     def write(self, text):
-        with contextlib.suppress(BrokenPipeError): self.stream.write(text)
+        with contextlib.suppress(BrokenPipeError):
+            self.stream.write(text)
         return len(text)
+
     def flush(self):
-        try: self.stream.flush()
-        except BrokenPipeError: _close_quietly()
-    def isatty(self): return self.stream.isatty()
-    def fileno(self): return self.stream.fileno()
+        try:
+            self.stream.flush()
+        except BrokenPipeError:
+            _close_quietly()
+
+    def isatty(self):
+        return self.stream.isatty()
+
+    def fileno(self):
+        return self.stream.fileno()
+
     @property
-    def encoding(self): return self.stream.encoding
+    def encoding(self):
+        return self.stream.encoding
 
 # %% ../nbs/10_cli.ipynb #climain3
 def run_command(name: str, args: list):
     "One command with its words; ValueError for a name that is none."
-    if name in ('-h', '--help', 'help'): return print(usage())
+    if name in ('-h', '--help', 'help'):
+        return print(usage())
     if name == '--version':
         from ccc import __version__
+
         return print(__version__)
-    if name not in COMMANDS: raise ValueError(f'the command must be one of {", ".join(COMMANDS)}, got {name!r}')
-    if name not in ('train', 'ablate'): return COMMANDS[name](args)
-    with contextlib.redirect_stdout(_Unheard(sys.stdout)): COMMANDS[name](args)
+    if name not in COMMANDS:
+        raise ValueError(f'the command must be one of {", ".join(COMMANDS)}, got {name!r}')
+    if name not in ('train', 'ablate'):
+        return COMMANDS[name](args)
+    with contextlib.redirect_stdout(_Unheard(sys.stdout)):
+        COMMANDS[name](args)
+
 
 def main(args: list | None = None) -> int:  # words after `ccc`, None: those of the shell -> exit code
     "The command `ccc`: any failure is one line, and 2 is returned; with CCC_DEBUG=1 the error is raised."
     name, *rest = (sys.argv[1:] if args is None else list(args)) or ['--help']
-    for stream in (sys.stdout, sys.stderr): _printable(stream)
+    for stream in (sys.stdout, sys.stderr):
+        _printable(stream)
     try:
-        try: run_command(name, rest)
-        finally: sys.stdout.flush()
+        try:
+            run_command(name, rest)
+        finally:
+            sys.stdout.flush()
         return 0
-    except BrokenPipeError:                              # `| head` has seen enough
+    except BrokenPipeError:  # `| head` has seen enough
         _close_quietly()
         return 0
-    except KeyboardInterrupt as stop:                    # Ctrl-C; a run in training has saved what it had, and says so
+    except KeyboardInterrupt as stop:  # Ctrl-C; a run in training has saved what it had, and says so
         print(f'ccc {name}: {stop or "stopped"}', file=sys.stderr)
         return 128 + getattr(stop, 'signal', 2)
     except Exception as error:
-        if os.environ.get('CCC_DEBUG'): raise
+        if os.environ.get('CCC_DEBUG'):
+            raise
         print(f'ccc{f" {name}" if name in COMMANDS else ""}: {explained(error, name, rest)}', file=sys.stderr)
         return 2

@@ -13,81 +13,155 @@ import torch.nn.functional as F
 
 from .hdc import peripheral_objects
 from .memory import RULES, ClusterMemory, camera_entropy, pick_updates
-from .viz import _COLOURS, _GREY, _MARKERS, _array, _draw_outliers, _figure, _grid, _per_point, _pixels, _show, _spread, plot_camera_entropy
+from ccc.viz import (
+    _COLOURS,
+    _GREY,
+    _MARKERS,
+    _array,
+    _figure,
+    _grid,
+    _per_point,
+    _pixels,
+    _show,
+    _spread,
+)
 
 # %% ../nbs/06a_confidence.ipynb #7e1a249d
-def peripheral_limits(labels,       # (N,) int clusters before the cut (`HDC.assignments_`); negative: none
-                      discrepancy,  # (N,) of each sample to its cluster
-                      n_sigma: float = 1.,      # standard deviations above the mean
-                      threshold: float = None,  # a fixed limit instead
-                     ) -> tuple:    # clusters (K,) ascending; their mean (K,) and limit (K,) of discrepancy, infinite in clusters of one
+def peripheral_limits(
+    labels,  # (N,) int clusters before the cut (`HDC.assignments_`); negative: none
+    discrepancy,  # (N,) of each sample to its cluster
+    n_sigma: float = 1.0,  # standard deviations above the mean
+    threshold: float = None,  # a fixed limit instead
+) -> (
+    tuple
+):  # clusters (K,) ascending; their mean (K,) and limit (K,) of discrepancy, infinite in clusters of one
     "Where peripheral detection cuts each cluster (3C, section III-B)."
     labels, h = _array(labels), _per_point('discrepancy', discrepancy, len(labels)).astype(np.float64)
     ids = np.unique(labels[labels >= 0])
     parts = [h[labels == j] for j in ids]
     mean = np.array([p.mean() for p in parts])
-    if threshold is not None: return ids, mean, np.full(len(ids), float(threshold))
+    if threshold is not None:
+        return ids, mean, np.full(len(ids), float(threshold))
     return ids, mean, np.array([p.mean() + n_sigma * p.std(ddof=1) if len(p) > 1 else np.inf for p in parts])
 
 # %% ../nbs/06a_confidence.ipynb #71362572
-def plot_discrepancy(labels,             # (N,) int clusters before the cut (`HDC.assignments_`)
-                     discrepancy,        # (N,) of each sample to its cluster (`HDC.discrepancy_`)
-                     n_sigma: float = 1.,      # where to cut
-                     threshold: float = None,  # a fixed limit instead
-                     clusters: int = 24, # columns, evenly from the tightest to the loosest cluster
-                     title=None,         # line above
-                    ):                   # matplotlib Figure, closed
-    "Discrepancy of the samples of clusters side by side, the limit of each, and what lies beyond it; at the right, all samples."
+def plot_discrepancy(
+    labels,  # (N,) int clusters before the cut (`HDC.assignments_`)
+    discrepancy,  # (N,) of each sample to its cluster (`HDC.discrepancy_`)
+    n_sigma: float = 1.0,  # where to cut
+    threshold: float = None,  # a fixed limit instead
+    clusters: int = 24,  # columns, evenly from the tightest to the loosest cluster
+    title=None,  # line above
+):  # matplotlib Figure, closed
+    """Discrepancy of the samples of clusters side by side, the limit of each, and what lies beyond it; at
+    the right, all samples."""
     labels, h = _array(labels), _array(discrepancy)
     ids, mean, limit = peripheral_limits(labels, h, n_sigma, threshold)
-    far = peripheral_objects(np.asarray(labels, np.int32), np.asarray(h, np.float32), int(labels.max()) + 1, n_sigma, threshold)
+    far = peripheral_objects(
+        np.asarray(labels, np.int32), np.asarray(h, np.float32), int(labels.max()) + 1, n_sigma, threshold
+    )
     shown = np.argsort(mean, kind='stable')[_spread(len(ids), clusters)]
     fig, (ax, total) = _figure(2, 5, 3)
     for column, k in enumerate(shown):
         own, cut = (labels == ids[k]) & ~far, (labels == ids[k]) & far
-        ax.scatter(np.full(own.sum(), column), h[own], s=14, color=_COLOURS[0], linewidths=.3, edgecolors='white', label='member' if not column else None)
+        ax.scatter(
+            np.full(own.sum(), column),
+            h[own],
+            s=14,
+            color=_COLOURS[0],
+            linewidths=0.3,
+            edgecolors='white',
+            label='member' if not column else None,
+        )
         ax.scatter(np.full(cut.sum(), column), h[cut], s=18, color=_GREY, marker='x', linewidths=1.2)
-        if np.isfinite(limit[k]): ax.plot([column - .38, column + .38], [limit[k]] * 2, color=_COLOURS[3], linewidth=1.8)
+        if np.isfinite(limit[k]):
+            ax.plot([column - 0.38, column + 0.38], [limit[k]] * 2, color=_COLOURS[3], linewidth=1.8)
     ax.scatter([], [], s=18, color=_GREY, marker='x', label='peripheral')
     ax.plot([], [], color=_COLOURS[3], label='limit' if threshold is not None else f'mean + {n_sigma:g} std')
-    ax.set(xlabel='cluster, tightest first', ylabel='discrepancy H', xticks=range(len(shown)) if len(shown) <= 24 else [])
-    if len(shown) <= 24: ax.set_xticklabels(ids[shown], fontsize=8)
+    ax.set(
+        xlabel='cluster, tightest first',
+        ylabel='discrepancy H',
+        xticks=range(len(shown)) if len(shown) <= 24 else [],
+    )
+    if len(shown) <= 24:
+        ax.set_xticklabels(ids[shown], fontsize=8)
     ax.legend(fontsize=8, frameon=False, ncols=3, loc='lower left', bbox_to_anchor=(0, 1))
     edges = np.linspace(h.min(), h.max() + 1e-6, 31)
-    total.hist([h[(labels >= 0) & ~far], h[far]], edges, stacked=True, color=[_COLOURS[0], _GREY], label=['members', f'peripheral: {far.sum():,} of {(labels >= 0).sum():,}'])
+    total.hist(
+        [h[(labels >= 0) & ~far], h[far]],
+        edges,
+        stacked=True,
+        color=[_COLOURS[0], _GREY],
+        label=['members', f'peripheral: {far.sum():,} of {(labels >= 0).sum():,}'],
+    )
     total.set(xlabel='discrepancy H', ylabel='images')
     total.legend(fontsize=8, frameon=False, loc='lower left', bbox_to_anchor=(0, 1))
-    if title: fig.suptitle(title)
+    if title:
+        fig.suptitle(title)
     return fig
 
 # %% ../nbs/06a_confidence.ipynb #057aced3
-def plot_cie(y,        # cluster of each image of a batch (B,); negative: left out
-             camids):  # its camera (B,)
-    "For each cluster of a batch, which cameras its images come from, the entropy of that, and the weight it gives (CIE)."
-    clusters, bits, weights = (a.numpy() for a in camera_entropy(torch.as_tensor(_array(y)), torch.as_tensor(_array(camids))))
+def plot_cie(
+    y,  # cluster of each image of a batch (B,); negative: left out
+    camids,  # its camera (B,)
+):
+    """For each cluster of a batch, which cameras its images come from, the entropy of that, and the weight
+    it gives (CIE)."""
+    clusters, bits, weights = (
+        a.numpy() for a in camera_entropy(torch.as_tensor(_array(y)), torch.as_tensor(_array(camids)))
+    )
     y, camids, order = _array(y), _array(camids), np.argsort(bits, kind='stable')
     fig, (ax, weigh) = _figure(2, 4.6, 3)
     below = np.zeros(len(order))
     for c, camera in enumerate(np.unique(camids[y >= 0])):
         n = np.array([((y == clusters[k]) & (camids == camera)).sum() for k in order])
-        ax.bar(range(len(order)), n, bottom=below, color=_COLOURS[c % 8], hatch='////' if c >= 8 else None, edgecolor='white', linewidth=.4, label=str(camera))
+        ax.bar(
+            range(len(order)),
+            n,
+            bottom=below,
+            color=_COLOURS[c % 8],
+            hatch='////' if c >= 8 else None,
+            edgecolor='white',
+            linewidth=0.4,
+            label=str(camera),
+        )
         below += n
-    ax.set(xlabel='cluster, least entropy first', ylabel='images in the batch', xticks=range(len(order)) if len(order) <= 24 else [])
+    ax.set(
+        xlabel='cluster, least entropy first',
+        ylabel='images in the batch',
+        xticks=range(len(order)) if len(order) <= 24 else [],
+    )
     weigh.bar(range(len(order)), weights[order], color=_COLOURS[1])
     weigh.plot(range(len(order)), bits[order], color='black', marker='o', markersize=4, label='entropy, bits')
     weigh.axhline(1, color='#333333', linestyle='--', linewidth=1)
-    weigh.set(xlabel='cluster, least entropy first', ylabel='weight in the loss (bars)', xticks=range(len(order)) if len(order) <= 24 else [])
+    weigh.set(
+        xlabel='cluster, least entropy first',
+        ylabel='weight in the loss (bars)',
+        xticks=range(len(order)) if len(order) <= 24 else [],
+    )
     for a in (ax, weigh):
-        if len(order) <= 24: a.set_xticklabels(clusters[order], fontsize=8)
-    ax.legend(title='camera', fontsize=8, title_fontsize=8, ncols=8, frameon=False, loc='lower left', bbox_to_anchor=(0, 1), handlelength=1, columnspacing=.8)
+        if len(order) <= 24:
+            a.set_xticklabels(clusters[order], fontsize=8)
+    ax.legend(
+        title='camera',
+        fontsize=8,
+        title_fontsize=8,
+        ncols=8,
+        frameon=False,
+        loc='lower left',
+        bbox_to_anchor=(0, 1),
+        handlelength=1,
+        columnspacing=0.8,
+    )
     weigh.legend(fontsize=8, frameon=False, loc='lower left', bbox_to_anchor=(0, 1))
     return fig
 
 # %% ../nbs/06a_confidence.ipynb #e1fa9748
-def harmonic_scores(z,         # embeddings of one cluster's images in the batch (B, D), unit norm
-                    camids,    # their cameras (B,)
-                    centroid,  # of the cluster (D,), unit norm
-                   ) -> tuple:  # discrepancy d, typicality s and score h, each (B,)
+def harmonic_scores(
+    z,  # embeddings of one cluster's images in the batch (B, D), unit norm
+    camids,  # their cameras (B,)
+    centroid,  # of the cluster (D,), unit norm
+) -> tuple:  # discrepancy d, typicality s and score h, each (B,)
     "What CHD computes of each image of a cluster."
     z, centroid = torch.as_tensor(_array(z, np.float32)), torch.as_tensor(_array(centroid, np.float32))
     camids = _per_point('camids', camids, len(z))
@@ -97,14 +171,18 @@ def harmonic_scores(z,         # embeddings of one cluster's images in the batch
     return d.numpy(), s.numpy(), torch.where(d + s > 0, d * s / (d + s), 0).numpy()
 
 # %% ../nbs/06a_confidence.ipynb #37a58c67
-def rule_choices(z, camids, centroid) -> dict:  # rule -> rows of z that it uses, in turn; -1: a camera's centre
+def rule_choices(
+    z, camids, centroid
+) -> dict:  # rule -> rows of z that it uses, in turn; -1: a camera's centre
     "Which images of one cluster each update rule takes; arguments as of `harmonic_scores`."
     z, camids = torch.as_tensor(_array(z, np.float32)), torch.as_tensor(_array(camids, np.int64))
     memory, y = torch.as_tensor(_array(centroid, np.float32))[None], torch.zeros(len(z), dtype=torch.int64)
     return {rule: pick_updates(z, y, camids, memory, rule)[2].tolist() for rule in RULES}
 
 # %% ../nbs/06a_confidence.ipynb #399aaeef
-def moved_centroids(z, camids, centroid, momentum: float = .1) -> dict:  # rule -> centroid after the update (D,), unit norm
+def moved_centroids(
+    z, camids, centroid, momentum: float = 0.1
+) -> dict:  # rule -> centroid after the update (D,), unit norm
     "Where each update rule moves the centroid of one cluster; arguments as of `harmonic_scores`."
     z, camids, memory = torch.as_tensor(_array(z, np.float32)), torch.as_tensor(_array(camids, np.int64)), {}
     for rule in RULES:
@@ -113,100 +191,222 @@ def moved_centroids(z, camids, centroid, momentum: float = .1) -> dict:  # rule 
         memory[rule] = one.centroids[0].numpy()
     return memory
 
-def seen_from(centroid,  # unit norm (D,)
-              z,         # embeddings (B, D) that set the directions
-              others=None,  # (M, D) to place; None: z
-             ) -> np.ndarray:  # places (M, 2) in degrees
-    "Places of embeddings around a centroid: the distance from (0, 0) is the true angle to it, the direction that of the two components in which `z` differs most from it."
+
+def seen_from(
+    centroid,  # unit norm (D,)
+    z,  # embeddings (B, D) that set the directions
+    others=None,  # (M, D) to place; None: z
+) -> np.ndarray:  # places (M, 2) in degrees
+    """Places of embeddings around a centroid: the distance from (0, 0) is the true angle to it, the
+    direction that of the two components in which `z` differs most from it."""
     c, z = _array(centroid, np.float64), _array(z, np.float64)
     others = z if others is None else np.atleast_2d(_array(others, np.float64))
     aside = lambda v: v - (v @ c)[:, None] * c
     plane = np.zeros((2, len(c)))
     directions = np.linalg.svd(aside(z), full_matrices=False)[2][:2]
-    plane[:len(directions)] = directions
-    flat = aside(others) @ plane.T                                          # (M, D) @ (D, 2) -> (M, 2)
+    plane[: len(directions)] = directions
+    flat = aside(others) @ plane.T  # (M, D) @ (D, 2) -> (M, 2)
     length = np.linalg.norm(flat, axis=1, keepdims=True)
     angle = np.degrees(np.arccos(np.clip(others @ c / np.linalg.norm(others, axis=1), -1, 1)))[:, None]
     return flat / np.where(length > 0, length, 1) * angle
 
 # %% ../nbs/06a_confidence.ipynb #c6aacace
-def plot_chd(z, camids,      # one cluster's images in the batch: (B, D) unit norm, cameras (B,)
-             centroid,       # of the cluster before the batch (D,), unit norm
-             images=None,    # (B,) images to show of the chosen ones: array, Split or list; None: none
-             title=None,     # line above
-             rule='hd_camera'):  # the rule whose new centroid is drawn
-    "A cluster around its centroid, before and after the update; the images that each rule takes; their discrepancy and typicality. A rule that does not exist is a ValueError."
+def plot_chd(
+    z,
+    camids,  # one cluster's images in the batch: (B, D) unit norm, cameras (B,)
+    centroid,  # of the cluster before the batch (D,), unit norm
+    images=None,  # (B,) images to show of the chosen ones: array, Split or list; None: none
+    title=None,  # line above
+    rule='hd_camera',  # the rule whose new centroid is drawn
+):
+    """A cluster around its centroid, before and after the update; the images that each rule takes; their
+    discrepancy and typicality. A rule that does not exist is a ValueError."""
     import matplotlib.pyplot as plt
-    if rule not in RULES: raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
+
+    if rule not in RULES:
+        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
     z, centroid, camids = _array(z, np.float32), _array(centroid, np.float32), _array(camids)
     choices, moved = rule_choices(z, camids, centroid), moved_centroids(z, camids, centroid)
     scores = harmonic_scores(z, camids, centroid)
-    fig, axes = plt.subplot_mosaic([['cluster', 'rules'], ['cluster', 'plane']], figsize=(9.6, 6.4), width_ratios=[1.25, 1], height_ratios=[1.25, 1], layout='constrained')
+    fig, axes = plt.subplot_mosaic(
+        [['cluster', 'rules'], ['cluster', 'plane']],
+        figsize=(9.6, 6.4),
+        width_ratios=[1.25, 1],
+        height_ratios=[1.25, 1],
+        layout='constrained',
+    )
     plt.close(fig)
     _draw_around(axes['cluster'], z, camids, centroid, choices, moved[rule], rule)
-    _rule_table(axes['rules'], choices, scores[2], images, {r: _degrees(centroid, c) for r, c in moved.items()}, rule)
+    _rule_table(
+        axes['rules'], choices, scores[2], images, {r: _degrees(centroid, c) for r, c in moved.items()}, rule
+    )
     _draw_plane(axes['plane'], scores, camids, choices)
-    if title: fig.suptitle(title)
+    if title:
+        fig.suptitle(title)
     return fig
 
 # %% ../nbs/06a_confidence.ipynb #23a7b416
-def _degrees(a, b): return float(np.degrees(np.arccos(np.clip(a @ b / np.linalg.norm(a) / np.linalg.norm(b), -1, 1))))
+def _degrees(a, b):
+    return float(np.degrees(np.arccos(np.clip(a @ b / np.linalg.norm(a) / np.linalg.norm(b), -1, 1))))
+
 
 def _camera_styles(camids):
     "(camera, its mask, colour, marker) of every camera."
-    return [(camera, camids == camera, _COLOURS[k % 8], _MARKERS[k % 11]) for k, camera in enumerate(np.unique(camids))]
+    return [
+        (camera, camids == camera, _COLOURS[k % 8], _MARKERS[k % 11])
+        for k, camera in enumerate(np.unique(camids))
+    ]
+
 
 def _draw_around(ax, z, camids, centroid, choices, new, rule):
-    "Images by camera, camera centres, the old centroid in the middle, the new one, and rings round what CHD and the hardest-image rule take."
+    """Images by camera, camera centres, the old centroid in the middle, the new one, and rings round what
+    CHD and the hardest-image rule take."""
     at = seen_from(centroid, z)
     for camera, mine, colour, marker in _camera_styles(camids):
         centre = seen_from(centroid, z, z[mine].mean(0, keepdims=True))[0]
-        for xy in at[mine]: ax.plot(*zip(centre, xy), color=colour, linewidth=.6, alpha=.5, zorder=1)
-        ax.scatter(*at[mine].T, s=34, color=colour, marker=marker, edgecolors='white', linewidths=.4, zorder=3, label=f'camera {camera}')
-        ax.scatter(*centre, s=120, facecolors='white', edgecolors=colour, marker=marker, linewidths=2, zorder=2.5)
+        for xy in at[mine]:
+            ax.plot(*zip(centre, xy), color=colour, linewidth=0.6, alpha=0.5, zorder=1)
+        ax.scatter(
+            *at[mine].T,
+            s=34,
+            color=colour,
+            marker=marker,
+            edgecolors='white',
+            linewidths=0.4,
+            zorder=3,
+            label=f'camera {camera}',
+        )
+        ax.scatter(
+            *centre, s=120, facecolors='white', edgecolors=colour, marker=marker, linewidths=2, zorder=2.5
+        )
     for name, colour, size, style in (('hd_camera', 'black', 210, '-'), ('cm_hard', _COLOURS[3], 330, ':')):
-        ax.scatter(*at[choices[name][0]], s=size, facecolors='none', edgecolors=colour, linewidths=1.8, linestyle=style, zorder=4, label='CHD takes' if name == 'hd_camera' else f'{name} takes')
+        ax.scatter(
+            *at[choices[name][0]],
+            s=size,
+            facecolors='none',
+            edgecolors=colour,
+            linewidths=1.8,
+            linestyle=style,
+            zorder=4,
+            label='CHD takes' if name == 'hd_camera' else f'{name} takes',
+        )
     goal = seen_from(centroid, z, new[None])[0]
     ax.annotate('', goal, (0, 0), arrowprops=dict(arrowstyle='->', color='#555555', linewidth=1.2), zorder=4)
-    ax.scatter(0, 0, s=190, marker='*', facecolors='white', edgecolors='black', zorder=5, label='old centroid')
-    ax.scatter(*goal, s=190, marker='*', color='black', edgecolors='white', linewidths=.6, zorder=6, label=f'new, by {"CHD" if rule == "hd_camera" else rule}')
-    ax.scatter([], [], s=90, facecolors='white', edgecolors='#555555', linewidths=2, label='a camera\'s centre')
-    reach = max(1., float(np.abs(np.r_[at.ravel(), goal]).max()))
+    ax.scatter(
+        0, 0, s=190, marker='*', facecolors='white', edgecolors='black', zorder=5, label='old centroid'
+    )
+    ax.scatter(
+        *goal,
+        s=190,
+        marker='*',
+        color='black',
+        edgecolors='white',
+        linewidths=0.6,
+        zorder=6,
+        label=f'new, by {"CHD" if rule == "hd_camera" else rule}',
+    )
+    ax.scatter(
+        [], [], s=90, facecolors='white', edgecolors='#555555', linewidths=2, label='a camera\'s centre'
+    )
+    reach = max(1.0, float(np.abs(np.r_[at.ravel(), goal]).max()))
     step = next((s for s in (1, 2, 5, 10, 15, 30) if reach / s <= 4), 45)
     for angle in np.arange(step, reach * 1.3, step):
         ax.add_patch(_circle(angle))
-        ax.text(0, -angle, f'{angle:g}°', size=7, color='#888888', ha='center', va='center', clip_on=True, zorder=0)
-    ax.set(xticks=[], yticks=[], xlim=(-1.15 * reach, 1.15 * reach), ylim=(-1.15 * reach, 1.15 * reach), aspect='equal')
+        ax.text(
+            0,
+            -angle,
+            f'{angle:g}°',
+            size=7,
+            color='#888888',
+            ha='center',
+            va='center',
+            clip_on=True,
+            zorder=0,
+        )
+    ax.set(
+        xticks=[],
+        yticks=[],
+        xlim=(-1.15 * reach, 1.15 * reach),
+        ylim=(-1.15 * reach, 1.15 * reach),
+        aspect='equal',
+    )
     ax.set_title('the cluster: angle to its centroid', fontsize=10)
-    ax.legend(fontsize=7.5, frameon=False, loc='upper center', bbox_to_anchor=(.5, -.01), ncols=4, markerscale=.6, handletextpad=.3, columnspacing=1)
+    ax.legend(
+        fontsize=7.5,
+        frameon=False,
+        loc='upper center',
+        bbox_to_anchor=(0.5, -0.01),
+        ncols=4,
+        markerscale=0.6,
+        handletextpad=0.3,
+        columnspacing=1,
+    )
+
 
 def _circle(radius):
     from matplotlib.patches import Circle
-    return Circle((0, 0), radius, fill=False, color='#dddddd', linewidth=.8, zorder=0)
+
+    return Circle((0, 0), radius, fill=False, color='#dddddd', linewidth=0.8, zorder=0)
+
 
 def _rule_table(ax, choices, h, images, moves, marked, most=6):
-    "A line for each rule: how far it moves the centroid, and the images it takes in turn (or that it takes a mean), as crops where there are images."
+    """A line for each rule: how far it moves the centroid, and the images it takes in turn (or that it
+    takes a mean), as crops where there are images."""
     ax.axis('off')
     n = len(choices)
     ax.set(xlim=(0, 1), ylim=(0, n))
     ax.set_title('what each rule takes, in turn', fontsize=10)
     for row, (rule, taken) in enumerate(reversed(choices.items())):
         more = ' …' if len(taken) > most else ''
-        text = 'the centre of a camera' if taken == [-1] else f'image {taken[0]}, score {h[taken[0]]:.2f}' if len(taken) == 1 else f'{len(taken)} images' + (f': {", ".join(map(str, taken[:most]))}{more}' if images is None else '')
-        ax.text(0, row + .5, f'{rule}{" (CHD)" if rule == "hd_camera" else ""}: {moves[rule]:.0f}°\n{text}', va='center', fontsize=8, weight='bold' if rule == marked else None)
+        text = (
+            'the centre of a camera'
+            if taken == [-1]
+            else (
+                f'image {taken[0]}, score {h[taken[0]]:.2f}'
+                if len(taken) == 1
+                else f'{len(taken)} images'
+                + (f': {", ".join(map(str, taken[:most]))}{more}' if images is None else '')
+            )
+        )
+        ax.text(
+            0,
+            row + 0.5,
+            f'{rule}{" (CHD)" if rule == "hd_camera" else ""}: {moves[rule]:.0f}°\n{text}',
+            va='center',
+            fontsize=8,
+            weight='bold' if rule == marked else None,
+        )
         for k, i in enumerate(taken[:most] if images is not None and taken != [-1] else ()):
-            ax.inset_axes([.5 + .085 * k, (row + .03) / n, .08, .94 / n]).imshow(_pixels(images, i))
-    for child in ax.child_axes: child.axis('off')
+            ax.inset_axes([0.5 + 0.085 * k, (row + 0.03) / n, 0.08, 0.94 / n]).imshow(_pixels(images, i))
+    for child in ax.child_axes:
+        child.axis('off')
+
 
 def _draw_plane(ax, scores, camids, choices):
-    "Discrepancy and typicality with curves of equal score; never less than half of typicality's range, so that small differences look small."
+    """Discrepancy and typicality with curves of equal score; never less than half of typicality's range,
+    so that small differences look small."""
     d, s, _ = scores
-    right, low = max(.1, 1.12 * float(d.max())), min(1.5, float(s.min()) - .05)
+    right, low = max(0.1, 1.12 * float(d.max())), min(1.5, float(s.min()) - 0.05)
     gd, gs = np.meshgrid(np.linspace(0, right, 100), np.linspace(low, 2.05, 100))
-    ax.clabel(ax.contour(gd, gs, gd * gs / np.maximum(gd + gs, 1e-9), 8, colors='#bbbbbb', linewidths=.8), fontsize=7)
-    for _, mine, colour, marker in _camera_styles(camids): ax.scatter(d[mine], s[mine], s=30, color=colour, marker=marker, edgecolors='white', linewidths=.4, zorder=3)
+    ax.clabel(
+        ax.contour(gd, gs, gd * gs / np.maximum(gd + gs, 1e-9), 8, colors='#bbbbbb', linewidths=0.8),
+        fontsize=7,
+    )
+    for _, mine, colour, marker in _camera_styles(camids):
+        ax.scatter(
+            d[mine], s[mine], s=30, color=colour, marker=marker, edgecolors='white', linewidths=0.4, zorder=3
+        )
     for name, colour, size, style in (('hd_camera', 'black', 130, '-'), ('cm_hard', _COLOURS[3], 220, ':')):
-        ax.scatter(d[choices[name][0]], s[choices[name][0]], s=size, facecolors='none', edgecolors=colour, linewidths=1.6, linestyle=style, zorder=4)
+        ax.scatter(
+            d[choices[name][0]],
+            s[choices[name][0]],
+            s=size,
+            facecolors='none',
+            edgecolors=colour,
+            linewidths=1.6,
+            linestyle=style,
+            zorder=4,
+        )
     ax.set_xlabel('discrepancy d: unlike the centroid', fontsize=8)
     ax.set_ylabel('typicality s: like its camera', fontsize=8)
     ax.tick_params(labelsize=8)
@@ -214,36 +414,57 @@ def _draw_plane(ax, scores, camids, choices):
 
 # %% ../nbs/06a_confidence.ipynb #943b01fb
 @torch.no_grad()
-def region_embeddings(net,     # `Backbone`; is left in eval mode
-                      images,  # (B, 3, H, W) normalised
-                     ) -> tuple:  # regions (B, h, w, D) and images (B, D), unit norm
+def region_embeddings(
+    net,  # `Backbone`; is left in eval mode
+    images,  # (B, 3, H, W) normalised
+) -> tuple:  # regions (B, h, w, D) and images (B, D), unit norm
     "The embedding of each region of an image, as if the image were nothing else, and of the whole."
     net.eval()
-    maps = getattr(net.trunk, 'forward_features', net.trunk)(images).float()          # (B, D, h, w)
-    regions = net.neck(maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1]))           # (B h w, D)
+    maps = getattr(net.trunk, 'forward_features', net.trunk)(images).float()  # (B, D, h, w)
+    regions = net.neck(maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1]))  # (B h w, D)
     return F.normalize(regions).reshape(len(images), *maps.shape[2:], -1), net(images)
 
-def similarity_maps(net, a, b) -> tuple:  # network; two normalised images (3, H, W) -> (h, w) of a to all of b, (h, w) of b to all of a, cosine of the two
+
+def similarity_maps(
+    net, a, b
+) -> tuple:  # network; two normalised images (3, H, W) -> (h, w) of a to all of b, (h, w) of b to all of a, cosine of the two
     "How much each region of either image resembles the other image, in [-1, 1]."
     regions, whole = region_embeddings(net, torch.stack([a, b]))
     return (regions[0] @ whole[1]).numpy(), (regions[1] @ whole[0]).numpy(), float(whole[0] @ whole[1])
 
 # %% ../nbs/06a_confidence.ipynb #f4af80d4
-def show_similarity(pairs,      # of images, [(image, image)], as (H, W, 3) uint8 or PIL
-                    maps,       # of each pair, as `similarity_maps` returns them
-                    names=None, # of the rows
-                    title=None):  # line above
+def show_similarity(
+    pairs,  # of images, [(image, image)], as (H, W, 3) uint8 or PIL
+    maps,  # of each pair, as `similarity_maps` returns them
+    names=None,  # of the rows
+    title=None,  # line above
+):
     "Pairs of images with the regions of each that resemble the other laid over them, one scale for all."
     low, high = np.percentile(np.concatenate([m.ravel() for pair in maps for m in pair[:2]]), [5, 98])
     first = _pixels(pairs[0], 0)
     fig, axes = _grid(len(pairs), 4, first.shape[0] / first.shape[1])
     for row, (line, pair, (left, right, cosine)) in enumerate(zip(axes, pairs, maps)):
-        line[0].set_ylabel(f'{names[row] if names else ""}\ncosine {cosine:.2f}', rotation=0, ha='right', va='center', fontsize=8)
+        line[0].set_ylabel(
+            f'{names[row] if names else ""}\ncosine {cosine:.2f}',
+            rotation=0,
+            ha='right',
+            va='center',
+            fontsize=8,
+        )
         for ax, k, over in zip(line, (0, 0, 1, 1), (None, left, None, right)):
             image = _pixels(pair, k)
             _show(ax, image)
             if over is not None:
                 ax.imshow(image.mean(2), cmap='gray')
-                ax.imshow(over, cmap='viridis', vmin=low, vmax=high, alpha=.6, extent=(-.5, image.shape[1] - .5, image.shape[0] - .5, -.5), interpolation='bilinear')
-    if title: fig.suptitle(title, fontsize=10)
+                ax.imshow(
+                    over,
+                    cmap='viridis',
+                    vmin=low,
+                    vmax=high,
+                    alpha=0.6,
+                    extent=(-0.5, image.shape[1] - 0.5, image.shape[0] - 0.5, -0.5),
+                    interpolation='bilinear',
+                )
+    if title:
+        fig.suptitle(title, fontsize=10)
     return fig

@@ -20,28 +20,40 @@ from typing import Literal, get_args, get_type_hints
 @dataclass
 class DataSettings:
     "Which images, and how they are held."
-    dataset: Literal['market1501', 'msmt17', 'veri', 'city', 'folder'] = 'market1501'  # which images; `city` is rendered here
-    root_dir: str = '~/Dataset'  # where they are; for `folder` also a .csv or .parquet table; the default also looks at $CCC_DATA
+
+    # which images; `city` is rendered here
+    dataset: Literal['market1501', 'msmt17', 'veri', 'city', 'folder'] = 'market1501'
+    # where they are; for `folder` also a .csv or .parquet table; the default also looks at $CCC_DATA
+    root_dir: str = '~/Dataset'
     check_counts: bool = True  # a benchmark must have its published numbers of images and identities
-    pattern: str | None = None  # `folder`: regular expression with groups pid and camid for file names; none: Market-1501's names, if all are of that kind
-    subset_ids: int | None = None  # keep the first so many training identities, and as many test identities, without distractors
+    # `folder`: regular expression with groups pid and camid for file names; none: Market-1501's names, if all
+    # are of that kind
+    pattern: str | None = None
+    # keep the first so many training identities, and as many test identities, without distractors
+    subset_ids: int | None = None
     height: int = 256  # pixels, after resizing
     width: int = 128  # pixels, after resizing
     num_workers: int = 32  # threads that decode images, once
-    image_store: Literal['auto', 'device', 'host'] = 'auto'  # where decoded images live; auto: on the GPU when they fit in half of its free memory
+    # where decoded images live; auto: on the GPU when they fit in half of its free memory
+    image_store: Literal['auto', 'device', 'host'] = 'auto'
     image_cache: str = 'auto'  # folder of decoded images on disk; auto: the user's cache; none: nowhere
 
 # %% ../nbs/08a_config.ipynb #3cfba751
 @dataclass
 class NetworkSettings:
     "The network, and the arithmetic it is trained in."
-    arch: str = 'resnet50'  # small, resnet18, resnet50, resnet101, resnet_ibn50a, resnet_ibn101a or timm:<name>
+
+    # small, resnet18, resnet50, resnet101, resnet_ibn50a, resnet_ibn101a or timm:<name>
+    arch: str = 'resnet50'
     resnet_pretrained: str = 'V1'  # ImageNet weights V1 or V2, none, or the path of a weight file
     allow_partial: bool = False  # take what fits of a weight file whose trunk fits only in part
-    pooling_type: Literal['gem', 'avg', 'token'] = 'gem'  # generalised mean (power learnt from 3), plain average, or the class token of a transformer
+    # generalised mean (power learnt from 3), plain average, or the class token of a transformer
+    pooling_type: Literal['gem', 'avg', 'token'] = 'gem'
     freeze_patches: bool = False  # the patch projection of a transformer keeps its first values
-    bn_chunks: int = 2  # batch statistics over this many contiguous parts of a batch; the published runs: 2 GPUs, 128 images each
-    precision: Literal['auto', 'bf16', 'fp32'] = 'auto'  # of training; auto: bfloat16 on a GPU that has it. Embeddings for clustering are float32 always
+    # batch statistics over this many contiguous parts of a batch; the published runs: 2 GPUs, 128 images each
+    bn_chunks: int = 2
+    # of training; auto: bfloat16 on a GPU that has it. Embeddings for clustering are float32 always
+    precision: Literal['auto', 'bf16', 'fp32'] = 'auto'
     channels_last: Literal['auto', 'on', 'off'] = 'auto'  # memory layout of the convolutions; auto: on a GPU
     compile: bool = False  # torch.compile for training: slow to start, fewer and larger kernels afterwards
     deterministic: bool = False  # on a GPU: only kernels that repeat themselves, where there are any; slower
@@ -50,40 +62,52 @@ class NetworkSettings:
 @dataclass
 class LabelSettings:
     "How pseudo-labels are made."
+
     clustering: Literal['hdc', 'dbscan', 'kmeans'] = 'hdc'  # which label maker
     num_clusters: int = 750  # K of HDC and k-means
-    cluster_min_instances: int = 4  # smaller clusters of HDC and k-means become outliers; DBSCAN's min_samples
+    # smaller clusters of HDC and k-means become outliers; DBSCAN's min_samples
+    cluster_min_instances: int = 4
     jaccard_k1: int = 30  # neighbours of the k-reciprocal sets, the sample itself not counted
     jaccard_k2: int = 6  # neighbours whose encodings are averaged, the sample itself counted
-    knn_index: Literal['exact', 'ivf', 'hnsw'] = 'exact'  # how neighbours are found; ivf and hnsw are FAISS's approximations for over a million images, their recall is printed
+    # how neighbours are found; ivf and hnsw are FAISS's approximations for over a million images, their
+    # recall is printed
+    knn_index: Literal['exact', 'ivf', 'hnsw'] = 'exact'
     no_jaccard: bool = False  # HDC on embedding distances in place of the Jaccard distance
     dbscan_eps: float = 0.6  # Jaccard distance within which DBSCAN sees neighbours
-    hdc_init: Literal['random', 'k-means++', 'k-means++2'] = 'k-means++2'  # first centroids: any samples, k-means++ on embeddings, or on the graph
-    hdc_similarity: Literal['Euler Cosine', 'Cosine', 'Euclidean'] = 'Euler Cosine'  # distance of samples to centroids
+    # first centroids: any samples, k-means++ on embeddings, or on the graph
+    hdc_init: Literal['random', 'k-means++', 'k-means++2'] = 'k-means++2'
+    # distance of samples to centroids
+    hdc_similarity: Literal['Euler Cosine', 'Cosine', 'Euclidean'] = 'Euler Cosine'
     hdc_max_iter: int = 80  # rounds at most
     hdc_outlier: bool = False  # peripheral objects leave the pseudo-labels (they never count in centroids)
     hdc_centroids: bool = False  # the memory starts from HDC's centroids, else from the means of the members
     hdc_normalize: bool = False  # HDC's centroids on the unit sphere
-    threshold: float | None = None  # peripheral beyond this discrepancy; none: beyond mean + 1 standard deviation of the cluster
+    # peripheral beyond this discrepancy; none: beyond mean + 1 standard deviation of the cluster
+    threshold: float | None = None
     hdc_camera_version: str = ''  # unused, as in the published program; accepted so that old commands run
 
 # %% ../nbs/08a_config.ipynb #b1d60d3e
 @dataclass
 class LearningSettings:
     "The memory, the batches and the optimiser."
-    cm_mode: Literal['hd_camera', 'cm', 'cm_hard', 'cm_camera', 'cm_hard_camera', 'tccl_camera'] = 'hd_camera'  # memory update; hd_camera is CHD
+
+    # memory update; hd_camera is CHD
+    cm_mode: Literal['hd_camera', 'cm', 'cm_hard', 'cm_camera', 'cm_hard_camera', 'tccl_camera'] = 'hd_camera'
     cm_temperature: float = 0.05  # divides the logits
     cm_momentum: float = 0.1  # share of the old centroid that an update keeps
     loss_with_camera: bool = False  # weight the loss by camera information entropy (CIE)
     no_cam: bool = False  # batches are drawn without looking at cameras
-    pad: int = 10  # pixels of zeros around an image before the random crop; 10 is meant for 256x128, small images want less
+    # pixels of zeros around an image before the random crop; 10 is meant for 256x128, small images want less
+    pad: int = 10
     batch_size: int = 256  # images a step, over all processes
     num_instances: int = 16  # images of each cluster in a batch
     iters: int = 200  # steps an epoch
     num_epochs: int = 70  # epochs; the recipes have 60
     optimizer: Literal['adam', 'adamw', 'sgd'] = 'adam'  # adam is the published one; sgd has momentum 0.9
     lr: float = 3.5e-4  # of the optimiser, after the warm-up
-    lr_weight_decay: float = 5e-4  # adam, sgd: added to the gradient; adamw: taken off the weight matrices at each step, where 0.01 to 0.05 is usual
+    # adam, sgd: added to the gradient; adamw: taken off the weight matrices at each step, where 0.01 to 0.05
+    # is usual
+    lr_weight_decay: float = 5e-4
     lr_steps: int = 20  # epochs between two falls of the learning rate, counted from the end of the warm-up
     lr_gamma: float = 0.1  # factor of a fall
     warmup_iters: int = 10  # EPOCHS of warm-up, of the learning rate and of DBSCAN
@@ -96,16 +120,22 @@ class LearningSettings:
 @dataclass
 class KeepingSettings:
     "When to evaluate, what to keep, and the seed."
+
     eval_start_epoch: int = 0  # no evaluation in epochs before this one (0 is the first)
     eval_step_epoch: int = 5  # evaluate after the 1st and after every so many-th epoch, and after the last
-    eval_dist: Literal['none', 'Euclidean', 'Cosine'] = 'none'  # none: squared Euclidean; all three rank alike, re-ranking does not
+    # none: squared Euclidean; all three rank alike, re-ranking does not
+    eval_dist: Literal['none', 'Euclidean', 'Cosine'] = 'none'
     rerank: bool = False  # k-reciprocal re-ranking in the evaluation
-    eval_and_ckpt: bool = False  # keep the checkpoint of every evaluated epoch, not only the last two and the best
+    # keep the checkpoint of every evaluated epoch, not only the last two and the best
+    eval_and_ckpt: bool = False
     maps: bool = True  # store a UMAP of at most 1000 training images each epoch
     ckpt_dir: str = 'ckpt'  # the default keeps checkpoints inside the run's folder
     log_dir: str = 'logs'  # where run folders are made
-    track: Literal['none', 'tensorboard'] = 'none'  # also send each epoch's numbers to a tracker (`pip install 'ccc-reid[track]'`)
-    warmup_store: str = 'none'  # folder of finished warm-ups: take the one that every setting before its end agrees with, or leave one there
+    # also send each epoch's numbers to a tracker (`pip install 'ccc-reid[track]'`)
+    track: Literal['none', 'tensorboard'] = 'none'
+    # folder of finished warm-ups: take the one that every setting before its end agrees with, or leave one
+    # there
+    warmup_store: str = 'none'
     seed: int = 999  # of everything random
     device: str | None = None  # cpu, cuda; none: a GPU where there is one
     notes: str = ''  # free text, stored with the run
@@ -114,9 +144,11 @@ class KeepingSettings:
 # %% ../nbs/08a_config.ipynb #6457c5aa
 @dataclass
 class Config(KeepingSettings, LearningSettings, LabelSettings, NetworkSettings, DataSettings):
-    "All settings of one run; names and defaults are the published ones, unknown or contradictory values raise ValueError at once."
+    """All settings of one run; names and defaults are the published ones, unknown or contradictory values
+    raise ValueError at once."""
 
-    def __post_init__(self): self.check()
+    def __post_init__(self):
+        self.check()
 
     def check(self):
         "Raises ValueError at the first rule that does not hold, naming the rule and the values."
@@ -128,148 +160,303 @@ def check_types(config: Config):
     "Each value must fit its annotation; an integer is accepted where a float is asked for."
     for name, hint in get_type_hints(type(config)).items():
         value, args = getattr(config, name), get_args(hint)
-        if args and all(isinstance(a, str) for a in args): fits, wanted = value in args, ' | '.join(args)
+        if args and all(isinstance(a, str) for a in args):
+            fits, wanted = value in args, ' | '.join(args)
         else:
             types = args or (hint,)
             wanted = ' or '.join('none' if t is type(None) else t.__name__ for t in types)
-            fits = isinstance(value, (*types, int) if float in types else types) and (bool in types or not isinstance(value, bool))
-        if not fits: raise ValueError(f'{name} must be {wanted}, got {_shown(value)}')
-        if isinstance(value, float) and not math.isfinite(value): raise ValueError(f'{name} must be a finite number, got {name}={value!r}')
-        if isinstance(value, str) and '\0' in value: raise ValueError(f'{name} must be text without a zero byte, got {_shown(value)}')
+            fits = isinstance(value, (*types, int) if float in types else types) and (
+                bool in types or not isinstance(value, bool)
+            )
+        if not fits:
+            raise ValueError(f'{name} must be {wanted}, got {_shown(value)}')
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f'{name} must be a finite number, got {name}={value!r}')
+        if isinstance(value, str) and '\0' in value:
+            raise ValueError(f'{name} must be text without a zero byte, got {_shown(value)}')
+
 
 def _shown(value, most=80):
-    "A value as a message shows it: cut where it is long; a number of thousands of digits cannot be written at all."
-    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10 ** 30: return 'a number of more than 30 digits'
+    """A value as a message shows it: cut where it is long; a number of thousands of digits cannot be
+    written at all."""
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**30:
+        return 'a number of more than 30 digits'
     text = repr(value)
     return text if len(text) <= most else text[:most] + '…'
 
 # %% ../nbs/08a_config.ipynb #20fb4bd2
-_positive = ('height width num_workers bn_chunks num_clusters cluster_min_instances jaccard_k1 jaccard_k2 hdc_max_iter cm_temperature batch_size '
-             'num_instances iters num_epochs lr lr_steps eval_step_epoch').split()
-_not_negative = 'pad lr_weight_decay lr_gamma warmup_iters warmup_factor warmup_lr_factor eval_start_epoch seed'.split()
-_ranges = dict(                       # beyond these no run can be meant: a slip of the hand, or the wrong option
-    height=(1, 10_000), width=(1, 10_000), pad=(0, 10_000), num_workers=(1, 1024), subset_ids=(1, 1_000_000), batch_size=(1, 1_000_000), num_instances=(1, 1_000_000), bn_chunks=(1, 1_000_000),
-    num_clusters=(1, 10_000_000), cluster_min_instances=(1, 1_000_000), jaccard_k1=(1, 1000), jaccard_k2=(1, 1000), hdc_max_iter=(1, 1_000_000), dbscan_eps=(1e-6, 1.), threshold=(0., 1.),
-    cm_temperature=(1e-4, 100.), iters=(1, 10_000_000), num_epochs=(1, 1_000_000), lr=(1e-12, 10.), lr_weight_decay=(0., 10.), lr_steps=(1, 1_000_000), lr_gamma=(0., 10.),
-    warmup_iters=(0, 1_000_000), warmup_factor=(0., 10.), warmup_lr_factor=(0., 100.), eval_start_epoch=(0, 1_000_000), eval_step_epoch=(1, 1_000_000), seed=(0, 2**32 - 1))
+_positive = (
+    'height width num_workers bn_chunks num_clusters cluster_min_instances jaccard_k1 jaccard_k2 hdc_max_iter'
+    ' cm_temperature batch_size num_instances iters num_epochs lr lr_steps eval_step_epoch'
+).split()
+_not_negative = (
+    'pad lr_weight_decay lr_gamma warmup_iters warmup_factor warmup_lr_factor eval_start_epoch seed'.split()
+)
+_ranges = dict(  # beyond these no run can be meant: a slip of the hand, or the wrong option
+    height=(1, 10_000),
+    width=(1, 10_000),
+    pad=(0, 10_000),
+    num_workers=(1, 1024),
+    subset_ids=(1, 1_000_000),
+    batch_size=(1, 1_000_000),
+    num_instances=(1, 1_000_000),
+    bn_chunks=(1, 1_000_000),
+    num_clusters=(1, 10_000_000),
+    cluster_min_instances=(1, 1_000_000),
+    jaccard_k1=(1, 1000),
+    jaccard_k2=(1, 1000),
+    hdc_max_iter=(1, 1_000_000),
+    dbscan_eps=(1e-6, 1.0),
+    threshold=(0.0, 1.0),
+    cm_temperature=(1e-4, 100.0),
+    iters=(1, 10_000_000),
+    num_epochs=(1, 1_000_000),
+    lr=(1e-12, 10.0),
+    lr_weight_decay=(0.0, 10.0),
+    lr_steps=(1, 1_000_000),
+    lr_gamma=(0.0, 10.0),
+    warmup_iters=(0, 1_000_000),
+    warmup_factor=(0.0, 10.0),
+    warmup_lr_factor=(0.0, 100.0),
+    eval_start_epoch=(0, 1_000_000),
+    eval_step_epoch=(1, 1_000_000),
+    seed=(0, 2**32 - 1),
+)
 _named_places = 'root_dir log_dir ckpt_dir image_cache warmup_store resnet_pretrained'.split()
 _archs = 'small resnet18 resnet50 resnet101 resnet_ibn50a resnet_ibn101a'.split()
 _rules = [
-    ('batch_size must be a multiple of num_instances', ('batch_size', 'num_instances'), lambda b, n: b % n == 0),
+    (
+        'batch_size must be a multiple of num_instances',
+        ('batch_size', 'num_instances'),
+        lambda b, n: b % n == 0,
+    ),
     ('batch_size must be a multiple of bn_chunks', ('batch_size', 'bn_chunks'), lambda b, c: b % c == 0),
-    (f'arch must be one of {", ".join(_archs)} or timm:<name>', ('arch',), lambda a: a in _archs or a.startswith('timm:') and len(a) > 5),
-    ('device must be cpu, cuda, cuda:<number> or mps', ('device',), lambda d: d is None or bool(re.fullmatch(r'cpu|mps|cuda(:[0-9]{1,3})?', d))),
-    ('recipe must be a name of letters, digits, - and _', ('recipe',), lambda r: bool(re.fullmatch(r'[\w-]*', r))),
-    ('pattern needs dataset folder: the names of the others are known', ('pattern', 'dataset'), lambda p, d: p is None or d == 'folder'),
-    ('pooling_type token needs a transformer, arch timm:<name>', ('pooling_type', 'arch'), lambda p, a: p != 'token' or a.startswith('timm:')),
-    ('dbscan_eps must lie above 0 and not above 1, the largest Jaccard distance', ('dbscan_eps',), lambda e: 0 < e <= 1),
+    (
+        f'arch must be one of {", ".join(_archs)} or timm:<name>',
+        ('arch',),
+        lambda a: a in _archs or a.startswith('timm:') and len(a) > 5,
+    ),
+    (
+        'device must be cpu, cuda, cuda:<number> or mps',
+        ('device',),
+        lambda d: d is None or bool(re.fullmatch(r'cpu|mps|cuda(:[0-9]{1,3})?', d)),
+    ),
+    (
+        'recipe must be a name of letters, digits, - and _',
+        ('recipe',),
+        lambda r: bool(re.fullmatch(r'[\w-]*', r)),
+    ),
+    (
+        'pattern needs dataset folder: the names of the others are known',
+        ('pattern', 'dataset'),
+        lambda p, d: p is None or d == 'folder',
+    ),
+    (
+        'pooling_type token needs a transformer, arch timm:<name>',
+        ('pooling_type', 'arch'),
+        lambda p, a: p != 'token' or a.startswith('timm:'),
+    ),
+    (
+        'dbscan_eps must lie above 0 and not above 1, the largest Jaccard distance',
+        ('dbscan_eps',),
+        lambda e: 0 < e <= 1,
+    ),
     ('cm_momentum must lie between 0 and 1', ('cm_momentum',), lambda m: 0 <= m <= 1),
     ('threshold must not be negative', ('threshold',), lambda t: t is None or t >= 0),
     ('subset_ids must be at least 1', ('subset_ids',), lambda n: n is None or n >= 1),
-    ('no_jaccard needs clustering hdc: DBSCAN clusters the Jaccard graph, k-means uses none', ('no_jaccard', 'clustering'), lambda n, c: not n or c == 'hdc'),
-    ('warmup_store needs warmup_with_dbscan and warmup_iters: without them there is no warm-up to keep', ('warmup_store', 'warmup_with_dbscan', 'warmup_iters'),
-     lambda s, d, n: s == 'none' or d and 0 < n),
-    ('dataset folder needs root_dir', ('dataset', 'root_dir'), lambda d, r: d != 'folder' or r != '~/Dataset'),
+    (
+        'no_jaccard needs clustering hdc: DBSCAN clusters the Jaccard graph, k-means uses none',
+        ('no_jaccard', 'clustering'),
+        lambda n, c: not n or c == 'hdc',
+    ),
+    (
+        'warmup_store needs warmup_with_dbscan and warmup_iters: without them there is no warm-up to keep',
+        ('warmup_store', 'warmup_with_dbscan', 'warmup_iters'),
+        lambda s, d, n: s == 'none' or d and 0 < n,
+    ),
+    (
+        'dataset folder needs root_dir',
+        ('dataset', 'root_dir'),
+        lambda d, r: d != 'folder' or r != '~/Dataset',
+    ),
 ]
 
 # %% ../nbs/08a_config.ipynb #875bb4e8
 def check_rules(config: Config):
     "Raises ValueError at the first rule between settings that does not hold."
-    if config.pattern is not None: check_pattern(config.pattern)
-    rules = [*((f'{n} must be above 0', (n,), lambda v: v > 0) for n in _positive),
-             *((f'{n} must not be negative', (n,), lambda v: v >= 0) for n in _not_negative),
-             *((f'{n} must not be empty', (n,), lambda v: v.strip()) for n in _named_places), *_rules,
-             *((f'{n} must lie between {low:,} and {high:,}', (n,), lambda v, low=low, high=high: v is None or low <= v <= high) for n, (low, high) in _ranges.items())]
+    if config.pattern is not None:
+        check_pattern(config.pattern)
+    rules = [
+        *((f'{n} must be above 0', (n,), lambda v: v > 0) for n in _positive),
+        *((f'{n} must not be negative', (n,), lambda v: v >= 0) for n in _not_negative),
+        *((f'{n} must not be empty', (n,), lambda v: v.strip()) for n in _named_places),
+        *_rules,
+        *(
+            (
+                f'{n} must lie between {low:,} and {high:,}',
+                (n,),
+                lambda v, low=low, high=high: v is None or low <= v <= high,
+            )
+            for n, (low, high) in _ranges.items()
+        ),
+    ]
     for rule, names, holds in rules:
         values = [getattr(config, n) for n in names]
-        if not holds(*values): raise ValueError(f'{rule}, got ' + ', '.join(f'{n}={_shown(v)}' for n, v in zip(names, values)))
+        if not holds(*values):
+            raise ValueError(f'{rule}, got ' + ', '.join(f'{n}={_shown(v)}' for n, v in zip(names, values)))
+
 
 def check_pattern(pattern: str):
     "ValueError for what is no regular expression, or says neither pid nor camid."
-    try: groups = re.compile(pattern).groupindex
-    except (re.error, RecursionError, OverflowError) as e: raise ValueError(f'pattern must be a regular expression, got {_shown(pattern)}: {e}') from None
-    if pattern and not {'pid', 'camid'} & set(groups): raise ValueError(f'pattern must have a group (?P<pid>…) or (?P<camid>…), got {_shown(pattern)}')
+    try:
+        groups = re.compile(pattern).groupindex
+    except (re.error, RecursionError, OverflowError) as e:
+        raise ValueError(f'pattern must be a regular expression, got {_shown(pattern)}: {e}') from None
+    if pattern and not {'pid', 'camid'} & set(groups):
+        raise ValueError(f'pattern must have a group (?P<pid>…) or (?P<camid>…), got {_shown(pattern)}')
+
 
 def check_places(config: Config):
-    "OSError, naming the setting, where a run would write and something else is in the way: a file, or a folder that cannot be written."
+    """OSError, naming the setting, where a run would write and something else is in the way: a file, or a
+    folder that cannot be written."""
     usual = dict(log_dir='', ckpt_dir='ckpt', image_cache='auto', warmup_store='none')
     for name, special in usual.items():
         value = getattr(config, name)
-        if value == special or name == 'image_cache' and value == 'none': continue
+        if value == special or name == 'image_cache' and value == 'none':
+            continue
         place = Path(value).expanduser().absolute()
         nearest = next(p for p in (place, *place.parents) if os.path.lexists(p))
-        if not nearest.is_dir(): raise NotADirectoryError(f'{name} must be a folder, or one that can be made; got {name}={value}, where {nearest} is no folder')
-        if not os.access(nearest, os.W_OK | os.X_OK): raise PermissionError(f'{name} must be a folder that can be written, got {name}={value}, where {nearest} cannot')
+        if not nearest.is_dir():
+            raise NotADirectoryError(
+                f'{name} must be a folder, or one that can be made; got {name}={value}, where {nearest} is no'
+                ' folder'
+            )
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise PermissionError(
+                f'{name} must be a folder that can be written, got {name}={value}, where {nearest} cannot'
+            )
 
 # %% ../nbs/08a_config.ipynb #caa79f30
-def changes(config: Config,  # settings
-            base: Config | None = None,  # settings to compare with; None: `Config()`
-           ) -> dict:  # field: value, in the order of the fields
+def changes(
+    config: Config,  # settings
+    base: Config | None = None,  # settings to compare with; None: `Config()`
+) -> dict:  # field: value, in the order of the fields
     "The settings of `config` that differ from those of `base`."
     base = base or Config()
-    return {f.name: getattr(config, f.name) for f in fields(Config) if f.compare and getattr(config, f.name) != getattr(base, f.name)}
+    return {
+        f.name: getattr(config, f.name)
+        for f in fields(Config)
+        if f.compare and getattr(config, f.name) != getattr(base, f.name)
+    }
 
 # %% ../nbs/08a_config.ipynb #71de54fa
-def learning_rate(config: Config,  # settings
-                  epoch: int,  # counted from 0
-                 ) -> float:  # the rate used in all steps of that epoch
+def learning_rate(
+    config: Config,  # settings
+    epoch: int,  # counted from 0
+) -> float:  # the rate used in all steps of that epoch
     "Warm-up, then a fall by `lr_gamma` every `lr_steps` epochs (the published schedule, both forms)."
     c, w = config, config.warmup_iters
-    if epoch >= w: return c.lr * c.lr_gamma ** ((epoch - w) // c.lr_steps)
+    if epoch >= w:
+        return c.lr * c.lr_gamma ** ((epoch - w) // c.lr_steps)
     second = c.warmup_version == 'v2'
     alpha = (epoch + 1) / w if second and epoch else epoch / w
     return c.lr * (c.warmup_factor * (1 - alpha) + alpha) * (c.warmup_lr_factor if second else 1)
 
 # %% ../nbs/08a_config.ipynb #581c82bb
-def evaluation_due(config: Config,  # settings
-                   epoch: int,  # counted from 0
-                  ) -> bool:  # whether the epoch ends with an evaluation
+def evaluation_due(
+    config: Config,  # settings
+    epoch: int,  # counted from 0
+) -> bool:  # whether the epoch ends with an evaluation
     "True after the first, every `eval_step_epoch`-th and the last epoch, from `eval_start_epoch` on."
     count, last = epoch + 1, epoch + 1 == config.num_epochs
     return last or (epoch >= config.eval_start_epoch and (count == 1 or count % config.eval_step_epoch == 0))
 
 # %% ../nbs/08a_config.ipynb #b89ac5e9
-RECIPE_PARTS = {name: dict(label_maker='ccc.parts:outliers_as_classes')     # recipe: {part: 'module:object'}, as of `ccc.parts`
-                for name in ('market1501-spcl-like', 'city-spcl-like')}
+RECIPE_PARTS = {
+    # recipe: {part: 'module:object'}, as of `ccc.parts`
+    name: dict(label_maker='ccc.parts:outliers_as_classes')
+    for name in ('market1501-spcl-like', 'city-spcl-like')
+}
 
-NUMERICS = 2  # raised whenever training changes on purpose: the same settings and seed then give other numbers
+# raised whenever training changes on purpose: the same settings and seed then give other numbers
+NUMERICS = 2
 
 PUBLISHED_BATCH = dict(batch_size=256, num_instances=16, bn_chunks=2, lr=3.5e-4)
 CITY_BATCH = dict(batch_size=64, num_instances=4, bn_chunks=2, lr=3.5e-4)
 
+
 def departures(config: Config) -> list:  # sentences, none if batch, chunks and learning rate are the recipe's
     "How batch, chunks or learning rate leave the recipe of the data set."
-    usual = CITY_BATCH if 'city' in (config.dataset, config.recipe) else PUBLISHED_BATCH     # its recipe serves small folders of one's own, too
-    return [f'{name} is {getattr(config, name)}, the recipe has {value}' for name, value in usual.items() if getattr(config, name) != value]
+    # its recipe serves small folders of one's own, too
+    usual = CITY_BATCH if 'city' in (config.dataset, config.recipe) else PUBLISHED_BATCH
+    return [
+        f'{name} is {getattr(config, name)}, the recipe has {value}'
+        for name, value in usual.items()
+        if getattr(config, name) != value
+    ]
 
 # %% ../nbs/08a_config.ipynb #cc9c121b
-NOT_DECIDING = ('root_dir check_counts num_workers image_store image_cache num_epochs eval_start_epoch eval_step_epoch eval_dist rerank eval_and_ckpt maps '
-                'ckpt_dir log_dir track warmup_store device notes recipe hdc_camera_version').split()
+NOT_DECIDING = (
+    'root_dir check_counts num_workers image_store image_cache num_epochs eval_start_epoch eval_step_epoch'
+    ' eval_dist rerank eval_and_ckpt maps ckpt_dir log_dir track warmup_store device notes recipe'
+    ' hdc_camera_version'
+).split()
 
-def deciding(config: Config,  # settings
-             without: list = (),  # further names to leave out
-            ) -> dict:  # name: value
+
+def deciding(
+    config: Config,  # settings
+    without: list = (),  # further names to leave out
+) -> dict:  # name: value
     "The settings that decide what network comes out of a given epoch."
-    return {name: value for name, value in asdict(config).items() if name not in NOT_DECIDING and name not in without}
+    return {
+        name: value
+        for name, value in asdict(config).items()
+        if name not in NOT_DECIDING and name not in without
+    }
 
-def changed_settings(config: Config,  # of a run
-                     **settings) -> Config:  # that shall be others from now on
-    "The settings of a run that goes on elsewhere or for longer. ValueError for a setting that decides its weights."
+
+def changed_settings(
+    config: Config,  # of a run
+    **settings,
+) -> Config:  # that shall be others from now on
+    """The settings of a run that goes on elsewhere or for longer. ValueError for a setting that decides
+    its weights."""
     changed = replace(config, **settings)
-    decide = [f'{n} from {v!r} to {getattr(changed, n)!r}' for n, v in deciding(config).items() if getattr(changed, n) != v]
-    if decide: raise ValueError(f'a run goes on under the settings that decide its weights, got a change of {", ".join(decide)}; others may change: {", ".join(NOT_DECIDING)}')
+    decide = [
+        f'{n} from {v!r} to {getattr(changed, n)!r}'
+        for n, v in deciding(config).items()
+        if getattr(changed, n) != v
+    ]
+    if decide:
+        raise ValueError(
+            f'a run goes on under the settings that decide its weights, got a change of {", ".join(decide)};'
+            f' others may change: {", ".join(NOT_DECIDING)}'
+        )
     return changed
 
-def check_same(was: dict,  # settings of a checkpoint
-               config: Config):  # of the run that wants to load it
+
+def check_same(
+    was: dict,  # settings of a checkpoint
+    config: Config,  # of the run that wants to load it
+):
     "ValueError if a checkpoint was made under settings that lead elsewhere."
-    usual = asdict(Config())                                  # a checkpoint older than a setting has its default
-    other = [f'{name} {was.get(name, usual[name])!r} there and {value!r} here' for name, value in deciding(config).items() if was.get(name, usual[name]) != value]
-    if other: raise ValueError(f'a checkpoint can only be loaded under the settings that made it, got {"; ".join(other)}')
+    usual = asdict(Config())  # a checkpoint older than a setting has its default
+    other = [
+        f'{name} {was.get(name, usual[name])!r} there and {value!r} here'
+        for name, value in deciding(config).items()
+        if was.get(name, usual[name]) != value
+    ]
+    if other:
+        raise ValueError(
+            f'a checkpoint can only be loaded under the settings that made it, got {"; ".join(other)}'
+        )
 
 # %% ../nbs/08a_config.ipynb #7c715185
-AFTER_WARMUP = ('clustering num_clusters no_jaccard hdc_init hdc_similarity hdc_max_iter hdc_outlier hdc_centroids hdc_normalize threshold '
-                'lr_steps lr_gamma').split()
+AFTER_WARMUP = (
+    'clustering num_clusters no_jaccard hdc_init hdc_similarity hdc_max_iter hdc_outlier hdc_centroids'
+    ' hdc_normalize threshold lr_steps lr_gamma'
+).split()
+
 
 def warmup_settings(config: Config) -> dict:  # name: value
     "The settings that shape a warm-up with DBSCAN and its rows of metrics."

@@ -18,34 +18,67 @@ import numpy as np
 from PIL import Image
 
 from .city import City, city_folder, is_city, write_city
-from .folder import IMAGES, READER, SPLITS, TABLES, blur_head, image_files, inside_run, number_names, read_image, read_text, split_of, table_rows, unknown_words, walk_folder
+from ccc.folder import (
+    IMAGES,
+    READER,
+    SPLITS,
+    TABLES,
+    blur_head,
+    image_files,
+    inside_run,
+    number_names,
+    read_image,
+    read_text,
+    split_of,
+    table_rows,
+    unknown_words,
+    walk_folder,
+)
 
 # %% ../nbs/01_data.ipynb #3876944b
-def toy_embeddings(n_ids: int = 12,  # identities
-                   n_cameras: int = 4,  # cameras; every identity is seen by each
-                   per_camera: int = 5,  # images of one identity in one camera
-                   dim: int = 32,  # D
-                   camera_shift: float = 0.5,  # length of a camera's shift; a person's direction has length 1
-                   noise: float = 0.5,  # expected length of the noise
-                   seed: int = 0,  # same seed, same arrays
-                  ) -> tuple:  # x (N, D) float32 unit norm, pids (N,) int64, camids (N,) int64; N = n_ids * n_cameras * per_camera
+def toy_embeddings(
+    n_ids: int = 12,  # identities
+    n_cameras: int = 4,  # cameras; every identity is seen by each
+    per_camera: int = 5,  # images of one identity in one camera
+    dim: int = 32,  # D
+    camera_shift: float = 0.5,  # length of a camera's shift; a person's direction has length 1
+    noise: float = 0.5,  # expected length of the noise
+    seed: int = 0,  # same seed, same arrays
+) -> (
+    tuple
+):  # x (N, D) float32 unit norm, pids (N,) int64, camids (N,) int64; N = n_ids * n_cameras * per_camera
     "Embeddings of people seen by several cameras: identity, plus a shift of the camera, plus noise."
     rng = np.random.default_rng(seed)
-    pids, camids = np.repeat(np.arange(n_ids), n_cameras * per_camera), np.tile(np.repeat(np.arange(n_cameras), per_camera), n_ids)
+    pids, camids = (
+        np.repeat(np.arange(n_ids), n_cameras * per_camera),
+        np.tile(np.repeat(np.arange(n_cameras), per_camera), n_ids),
+    )
     unit = lambda a: a / np.linalg.norm(a, axis=1, keepdims=True)
     people, cameras = unit(rng.normal(size=(n_ids, dim))), unit(rng.normal(size=(n_cameras, dim)))
-    x = people[pids] + camera_shift * cameras[camids] + noise * rng.normal(size=(len(pids), dim)) / np.sqrt(dim)
+    x = (
+        people[pids]
+        + camera_shift * cameras[camids]
+        + noise * rng.normal(size=(len(pids), dim)) / np.sqrt(dim)
+    )
     return unit(x).astype(np.float32), pids, camids
 
 # %% ../nbs/01_data.ipynb #9dcf0352
-def city_embeddings(part: str = 'train',  # 'train', 'query', 'gallery', or 'untrained': the training images before the first step
-                   ) -> tuple:  # x (N, 56) float32 unit norm, pids (N,), camids (N,), map (N, 2) float32; query and gallery lie on one map
+def city_embeddings(
+    part: str = 'train',  # 'train', 'query', 'gallery', or 'untrained': the training images before the first step
+) -> tuple:  # x (N, 56) float32 unit norm, pids (N,), camids (N,), map (N, 2) float32; query and gallery lie on one map
     "Embeddings of the rendered city's images by a network that learnt on it without labels, with their UMAP."
-    if part not in ('train', 'query', 'gallery', 'untrained'): raise ValueError(f"part must be 'train', 'query', 'gallery' or 'untrained', got {part!r}")
+    if part not in ('train', 'query', 'gallery', 'untrained'):
+        raise ValueError(f"part must be 'train', 'query', 'gallery' or 'untrained', got {part!r}")
     from importlib.resources import files
-    f = np.load(files('ccc')/'city.npz')
+
+    f = np.load(files('ccc') / 'city.npz')
     x, of = f[part].astype(np.float32), part.replace('untrained', 'train')
-    return x / np.linalg.norm(x, axis=1, keepdims=True), f[f'{of}_pids'].astype(np.int64), f[f'{of}_camids'].astype(np.int64), f[f'{part}_map'].astype(np.float32)
+    return (
+        x / np.linalg.norm(x, axis=1, keepdims=True),
+        f[f'{of}_pids'].astype(np.int64),
+        f[f'{of}_camids'].astype(np.int64),
+        f[f'{part}_map'].astype(np.float32),
+    )
 
 # %% ../nbs/01_data.ipynb #597a8da8
 _open = read_image
@@ -54,6 +87,7 @@ _open = read_image
 @dataclass
 class Split:
     "Images of one part of a data set, in the order of their paths."
+
     paths: np.ndarray  # (N,) str
     pids: np.ndarray  # (N,) int64, the data set's own numbers; 0: distractor of Market-1501; -1: unknown
     camids: np.ndarray  # (N,) int64, from 0; -1: unknown
@@ -63,18 +97,27 @@ class Split:
         return len(self.paths)
 
     def __repr__(self):
-        told = [f'{len(np.unique(a)):{w},} {name}' if known else f'{name} unknown' for a, known, name, w in
-                ((self.pids, self.has_pids, 'identities', 5), (self.camids, self.has_camids, 'cameras', 2))]
+        told = [
+            f'{len(np.unique(a)):{w},} {name}' if known else f'{name} unknown'
+            for a, known, name, w in (
+                (self.pids, self.has_pids, 'identities', 5),
+                (self.camids, self.has_camids, 'cameras', 2),
+            )
+        ]
         return f'{len(self):6,} images' + (', ' + ', '.join(told) if len(self) else '')
 
     @property
-    def has_pids(self): return bool((self.pids >= 0).any())        # whether any identity is known
+    def has_pids(self):
+        return bool((self.pids >= 0).any())  # whether any identity is known
 
     @property
-    def has_camids(self): return bool((self.camids >= 0).any())    # whether any camera is known
+    def has_camids(self):
+        return bool((self.camids >= 0).any())  # whether any camera is known
 
-    def where(self, keep: np.ndarray  # (N,) bool, or positions
-             ) -> 'Split':
+    def where(
+        self,
+        keep: np.ndarray,  # (N,) bool, or positions
+    ) -> 'Split':
         "The images that `keep` picks."
         return replace(self, paths=self.paths[keep], pids=self.pids[keep], camids=self.camids[keep])
 
@@ -90,41 +133,53 @@ class Split:
 @dataclass
 class ReIDDataset:
     "Training images, and the query and gallery to score with."
+
     name: str
     root: str  # the folder that holds the splits
     train: Split
     query: Split
     gallery: Split
-    ignored: dict = field(default_factory=dict)  # a folder of one's own: files that are no images by name, suffix -> count
+    # a folder of one's own: files that are no images by name, suffix -> count
+    ignored: dict = field(default_factory=dict)
     notes: tuple = ()  # what was left out, in words; training says them
 
     def __repr__(self):
-        return '\n'.join([self.name] + [f'  {part:8}{getattr(self, part)}' for part in ('train', 'query', 'gallery')])
+        return '\n'.join(
+            [self.name] + [f'  {part:8}{getattr(self, part)}' for part in ('train', 'query', 'gallery')]
+        )
 
     def fingerprint(self) -> str:
         "Twelve characters that change when a file name, an identity or a camera does; kept with each run."
         h = hashlib.sha1()
         for split in (self.train, self.query, self.gallery):
-            for path, pid, cam in zip(split.paths, split.pids, split.camids): h.update(f'{Path(path).name} {pid} {cam};'.encode(errors='surrogateescape'))   # a name need not be UTF-8
+            for path, pid, cam in zip(split.paths, split.pids, split.camids):
+                # a name need not be UTF-8
+                h.update(f'{Path(path).name} {pid} {cam};'.encode(errors='surrogateescape'))
         return h.hexdigest()[:12]
 
 # %% ../nbs/01_data.ipynb #45ef4bed
 @dataclass(frozen=True)
 class Layout:
-    "Where the splits are and what names say; a source is a folder, or 'folder:list.txt' when a list beside that folder names its images."
+    """Where the splits are and what names say; a source is a folder, or 'folder:list.txt' when a list
+    beside that folder names its images."""
+
     train: tuple  # sources, taken together
     query: tuple
     gallery: tuple
-    pattern: str  # regular expression with groups pid and camid, searched in each path below the folder, or in each line of the list
+    # regular expression with groups pid and camid, searched in each path below the folder, or in each line of
+    # the list
+    pattern: str
     first_camera: int = 1  # number of the first camera in names; camids start at 0
 
     def sources(self) -> tuple:
         "All of them."
         return (*self.train, *self.query, *self.gallery)
 
+
 @dataclass(frozen=True)
 class Benchmark:
     "What a data set's folder is called, the layouts it comes in, and how many images it has."
+
     folders: tuple
     layouts: tuple
     counts: dict = field(default_factory=dict)  # split -> (images, identities; None: not checked)
@@ -134,103 +189,187 @@ _NAME = r'(?:^|/)(?P<pid>-?\d+)_c(?P<camid>\d+)'  # 0002_c1s1_000451_03.jpg
 _LINE = r'(?:^|/)\d+_\d+_(?P<camid>\d+)_\S*\s+(?P<pid>\d+)$'  # 0000/0000_045_12_0303morning_0006_2.jpg 0
 _CONVERTED = Layout(('bounding_box_train',), ('query',), ('bounding_box_test',), _NAME)
 _VERI = Layout(('image_train',), ('image_query',), ('image_test',), _NAME)
-_MSMT_V1, _MSMT_V2 = (Layout((f'{train}:list_train.txt', f'{train}:list_val.txt'), (f'{test}:list_query.txt',), (f'{test}:list_gallery.txt',), _LINE)
-                      for train, test in (('train', 'test'), ('mask_train_v2', 'mask_test_v2')))
+_MSMT_V1, _MSMT_V2 = (
+    Layout(
+        (f'{train}:list_train.txt', f'{train}:list_val.txt'),
+        (f'{test}:list_query.txt',),
+        (f'{test}:list_gallery.txt',),
+        _LINE,
+    )
+    for train, test in (('train', 'test'), ('mask_train_v2', 'mask_test_v2'))
+)
 
 BENCHMARKS = {
-    'market1501': Benchmark(('Market-1501-v15.09.15', 'Market-1501', 'market1501'), (_CONVERTED,), dict(train=(12936, 751), query=(3368, 750), gallery=(15913, None))),
-    'msmt17': Benchmark(('MSMT17_V1', 'MSMT17_V2', 'MSMT17', 'msmt17'), (_MSMT_V1, _MSMT_V2, _CONVERTED), dict(train=(32621, 1041), query=(11659, 3060), gallery=(82161, None))),
-    'veri': Benchmark(('VeRi', 'VeRi-776', 'VeRi_with_plate', 'veri'), (_VERI, _CONVERTED), dict(train=(37778, 576), query=(1678, 200), gallery=(11579, None))),
+    'market1501': Benchmark(
+        ('Market-1501-v15.09.15', 'Market-1501', 'market1501'),
+        (_CONVERTED,),
+        dict(train=(12936, 751), query=(3368, 750), gallery=(15913, None)),
+    ),
+    'msmt17': Benchmark(
+        ('MSMT17_V1', 'MSMT17_V2', 'MSMT17', 'msmt17'),
+        (_MSMT_V1, _MSMT_V2, _CONVERTED),
+        dict(train=(32621, 1041), query=(11659, 3060), gallery=(82161, None)),
+    ),
+    'veri': Benchmark(
+        ('VeRi', 'VeRi-776', 'VeRi_with_plate', 'veri'),
+        (_VERI, _CONVERTED),
+        dict(train=(37778, 576), query=(1678, 200), gallery=(11579, None)),
+    ),
 }
 
 # %% ../nbs/01_data.ipynb #02ab85f1
 def _has(folder, layout):
     "Whether all that a layout needs is there."
-    return folder.is_dir() and all((folder / part).exists() for source in layout.sources() for part in source.split(':'))
+    return folder.is_dir() and all(
+        (folder / part).exists() for source in layout.sources() for part in source.split(':')
+    )
+
 
 def _listing(folder, most=8):
     "What is in a folder, cut short."
     names = sorted(p.name for p in folder.iterdir())
     return ', '.join(names[:most]) + (', …' if len(names) > most else '') or 'nothing'
 
+
 def _locate(name, root, benchmark):
     "The first folder and layout that fit, or FileNotFoundError."
     tried = [root / f for f in benchmark.folders] + [root]
     for folder in tried:
         for layout in benchmark.layouts:
-            if _has(folder, layout): return folder, layout
-    wanted = ', or '.join('{' + ', '.join(dict.fromkeys(layout.sources())) + '}' for layout in benchmark.layouts)
+            if _has(folder, layout):
+                return folder, layout
+    wanted = ', or '.join(
+        '{' + ', '.join(dict.fromkeys(layout.sources())) + '}' for layout in benchmark.layouts
+    )
     found = '; '.join(f'{f} holds {_listing(f)}' for f in tried if f.is_dir()) or f'{root} does not exist'
-    raise FileNotFoundError(f'no {name} found. Looked for {wanted} in {", ".join(map(str, tried))}. Found: {found}. '
-                            f"Pass root=, the data set's folder or the one above it, or set CCC_DATA.")
+    raise FileNotFoundError(
+        f'no {name} found. Looked for {wanted} in {", ".join(map(str, tried))}. Found: {found}. Pass root=,'
+        ' the data set\'s folder or the one above it, or set CCC_DATA.'
+    )
 
 # %% ../nbs/01_data.ipynb #bdbcaf91
 def _entries(folder, source):
     "(path, text to parse) of each image of a source."
     base, _, listed = source.partition(':')
     base = folder / base
-    if listed: return [(str(base / line.split()[0]), line.strip()) for line in read_text(folder / listed)[0].lstrip('\ufeff').splitlines() if line.strip()]
+    if listed:
+        return [
+            (str(base / line.split()[0]), line.strip())
+            for line in read_text(folder / listed)[0].lstrip('\ufeff').splitlines()
+            if line.strip()
+        ]
     return [(str(base / f), f) for f in image_files(base)] if base.is_dir() else []
+
 
 def _numbers(path, text, pattern, first_camera):
     "pid and 0-based camid found in a text."
     m = re.search(pattern, text)
-    if m is None: raise ValueError(f'name does not parse: {text!r} has no match for {pattern!r} (file {path}). Rename or remove the file, or give another pattern.')
+    if m is None:
+        raise ValueError(
+            f'name does not parse: {text!r} has no match for {pattern!r} (file {path}). Rename or remove the'
+            ' file, or give another pattern.'
+        )
     g = m.groupdict()
-    try: pid, cam = int(g['pid']), int(g['camid']) - first_camera
-    except (TypeError, ValueError): raise ValueError(f'name does not parse: pid and camid must be whole numbers, found {g} in {text!r} (file {path})') from None
-    if cam < 0: raise ValueError(f'camera numbers must start at first_camera={first_camera}, found {g["camid"]!r} in {text!r} (file {path})')
-    if max(pid, cam) >= 2 ** 63: raise ValueError(f'pid and camid must be numbers of 64 bits, found {g} in {text!r} (file {path})')
+    try:
+        pid, cam = int(g['pid']), int(g['camid']) - first_camera
+    except (TypeError, ValueError):
+        raise ValueError(
+            f'name does not parse: pid and camid must be whole numbers, found {g} in {text!r} (file {path})'
+        ) from None
+    if cam < 0:
+        raise ValueError(
+            f'camera numbers must start at first_camera={first_camera}, found {g["camid"]!r} in {text!r}'
+            f' (file {path})'
+        )
+    if max(pid, cam) >= 2**63:
+        raise ValueError(f'pid and camid must be numbers of 64 bits, found {g} in {text!r} (file {path})')
     return pid, cam
+
 
 def _there(folder, sources, found, notes):
     "The entries whose files are there: a list may name others. They are an error, or left out with a note."
-    if not any(':' in s for s in sources): return found
+    if not any(':' in s for s in sources):
+        return found
     exists = [os.path.exists(path) for path, _ in found]
     missing = [path for (path, _), e in zip(found, exists) if not e]
-    if not missing: return found
-    line = f'missing: {len(missing):,} of {len(found):,} images listed in {", ".join(s.partition(":")[2] for s in sources)}, the first {missing[0]}'
-    if notes is None: raise FileNotFoundError(f'{line}. Unpack the archive again, or go without them: --no-check-counts (check_counts=False)')
+    if not missing:
+        return found
+    line = (
+        f'missing: {len(missing):,} of {len(found):,} images listed in'
+        f' {", ".join(s.partition(":")[2] for s in sources)}, the first {missing[0]}'
+    )
+    if notes is None:
+        raise FileNotFoundError(
+            f'{line}. Unpack the archive again, or go without them: --no-check-counts (check_counts=False)'
+        )
     notes.append(f'{line}; left out')
     return [f for f, e in zip(found, exists) if e]
 
 # %% ../nbs/01_data.ipynb #bfd7352b
-def read_split(folder: str | Path,  # the data set's folder
-               sources: tuple,  # as in Layout; () for an empty split
-               pattern: str, first_camera: int = 1,  # as in Layout
-               notes: list | None = None,  # what cannot be read is left out, and said in a line added here; None: it is an error
-              ) -> Split:  # sorted by path; junk (a pid of -1 in the name) left out
-    "Lists the images of some sources, with identity and camera from their names; ValueError for no image, or a name that does not parse."
-    found = _there(Path(folder), sources, sorted(e for s in sources for e in _entries(Path(folder), s)), notes)
-    if sources and not found: raise ValueError(f'empty split: no image in {", ".join(str(Path(folder) / s) for s in sources)}. Was the archive unpacked whole?')
+def read_split(
+    folder: str | Path,  # the data set's folder
+    sources: tuple,  # as in Layout; () for an empty split
+    pattern: str,
+    first_camera: int = 1,  # as in Layout
+    notes: (
+        list | None
+    ) = None,  # what cannot be read is left out, and said in a line added here; None: it is an error
+) -> Split:  # sorted by path; junk (a pid of -1 in the name) left out
+    """Lists the images of some sources, with identity and camera from their names; ValueError for no
+    image, or a name that does not parse."""
+    found = _there(
+        Path(folder), sources, sorted(e for s in sources for e in _entries(Path(folder), s)), notes
+    )
+    if sources and not found:
+        raise ValueError(
+            f'empty split: no image in {", ".join(str(Path(folder) / s) for s in sources)}. Was the archive'
+            ' unpacked whole?'
+        )
     strange = [path for path, text in found if notes is not None and not re.search(pattern, text)]
-    if strange: notes.append(f'left out: {len(strange):,} of {len(found):,} files of {", ".join(sources)}, whose names say no identity and camera: {_listed(map(_name_of, strange))}')
+    if strange:
+        notes.append(
+            f'left out: {len(strange):,} of {len(found):,} files of {", ".join(sources)}, whose names say no'
+            f' identity and camera: {_listed(map(_name_of, strange))}'
+        )
     known = found if not strange else [f for f in found if f[0] not in set(strange)]
-    rows = [r for r in ((path, *_numbers(path, text, pattern, first_camera)) for path, text in known) if r[1] != -1]
+    rows = [
+        r
+        for r in ((path, *_numbers(path, text, pattern, first_camera)) for path, text in known)
+        if r[1] != -1
+    ]
     paths, pids, camids = zip(*rows) if rows else ((), (), ())
     return Split(np.array(paths, str), np.array(pids, np.int64), np.array(camids, np.int64))
 
 # %% ../nbs/01_data.ipynb #696f67c3
-def _name_of(path): return Path(path).name
+def _name_of(path):
+    return Path(path).name
+
 
 def _listed(items, most=3):
     "Some of many, as text that can be printed."
     items = list(items)
     return ', '.join(ascii(str(i))[1:-1] for i in items[:most]) + (', …' if len(items) > most else '')
 
+
 def _own_sources(root, asked):
     "Split -> sources: those asked for, else the folders of usual names, else all for training."
     names = sorted(f.name for f in root.iterdir() if f.is_dir())
     splits = {n: split_of(n.lower(), {m.lower() for m in names}) for n in names}
     usual = {part: tuple(n for n in names if splits[n] == part)[:1] for part in SPLITS}
-    if not any(usual.values()): usual['train'] = ('.',)
-    return {part: usual[part] if s is None else (s,) if isinstance(s, str) else tuple(s) for part, s in asked.items()}
+    if not any(usual.values()):
+        usual['train'] = ('.',)
+    return {
+        part: usual[part] if s is None else (s,) if isinstance(s, str) else tuple(s)
+        for part, s in asked.items()
+    }
+
 
 def _own_entries(root, sources):
     "Split -> (path, text to parse) of its images, sorted; ValueError where a source has none."
     entries = {part: sorted(e for s in sources[part] for e in _entries(root, s)) for part in SPLITS}
     empty = [s for part in SPLITS for s in sources[part] if not entries[part]]
-    if empty: raise ValueError(f'empty split: no image in {", ".join(str(root / s) for s in empty)}')
+    if empty:
+        raise ValueError(f'empty split: no image in {", ".join(str(root / s) for s in empty)}')
     return entries
 
 # %% ../nbs/01_data.ipynb #d0ace8d2
@@ -239,18 +378,26 @@ def _words(text, pattern):
     m = re.search(pattern, text)
     return m and [m.groupdict().get(name) or '' for name in ('pid', 'camid')]
 
+
 def _check_pattern(pattern):
     "ValueError for what is no regular expression, or says neither pid nor camid."
-    try: groups = re.compile(pattern).groupindex
-    except re.error as e: raise ValueError(f'pattern must be a regular expression, got {pattern!r}: {e}') from None
-    if pattern and not {'pid', 'camid'} & set(groups): raise ValueError(f'pattern must have a group (?P<pid>…) or (?P<camid>…), got {pattern!r}')
+    try:
+        groups = re.compile(pattern).groupindex
+    except re.error as e:
+        raise ValueError(f'pattern must be a regular expression, got {pattern!r}: {e}') from None
+    if pattern and not {'pid', 'camid'} & set(groups):
+        raise ValueError(f'pattern must have a group (?P<pid>…) or (?P<camid>…), got {pattern!r}')
+
 
 def _from_zero(camids, first_camera):
-    "Cameras counted from 0: `first_camera` is the first number in names; None: 0 where there is a camera 0, else 1."
-    if not (camids >= 0).any(): return camids
+    """Cameras counted from 0: `first_camera` is the first number in names; None: 0 where there is a camera
+    0, else 1."""
+    if not (camids >= 0).any():
+        return camids
     lowest = camids[camids >= 0].min()
     first = min(1, lowest) if first_camera is None else first_camera
-    if lowest < first: raise ValueError(f'camera numbers must start at first_camera={first}, found {lowest}')
+    if lowest < first:
+        raise ValueError(f'camera numbers must start at first_camera={first}, found {lowest}')
     return np.where(camids >= 0, camids - first, -1)
 
 # %% ../nbs/01_data.ipynb #5b24c467
@@ -261,24 +408,44 @@ def _own_splits(root, sources, pattern, first_camera):
     own = _NAME if pattern is None else pattern
     words = [_words(text, own) for _, _, text in rows]
     strange = [path for (_, path, _), w in zip(rows, words) if w is None]
-    if pattern and len(strange) == len(rows): raise ValueError(f'name does not parse: {rows[0][2]!r} has no match for {pattern!r} (file {rows[0][1]}), nor has any other name. Give another pattern.')
+    if pattern and len(strange) == len(rows):
+        raise ValueError(
+            f'name does not parse: {rows[0][2]!r} has no match for {pattern!r} (file {rows[0][1]}), nor has'
+            ' any other name. Give another pattern.'
+        )
     words = [w or ['', ''] for w in words]
     junk = [path for (_, path, _), w in zip(rows, words) if w[0] == '-1']
     rows, words = ([a for a, w in zip(both, words) if w[0] != '-1'] for both in (rows, words))
-    if not rows: raise ValueError(f'a data set needs images, got nothing but junk (-1 for the identity) in {root}')
+    if not rows:
+        raise ValueError(f'a data set needs images, got nothing but junk (-1 for the identity) in {root}')
     (pids, _), (camids, numbered) = (number_names(column) for column in zip(*words))
-    if numbered: camids = _from_zero(camids, first_camera)
+    if numbered:
+        camids = _from_zero(camids, first_camera)
     parts, paths = (np.array([r[k] for r in rows], str) for k in (0, 1))
-    return [Split(paths[parts == p], pids[parts == p], camids[parts == p]) for p in SPLITS], _name_notes(strange, junk, zip(*words), len(words) + len(junk))
+    return [Split(paths[parts == p], pids[parts == p], camids[parts == p]) for p in SPLITS], _name_notes(
+        strange, junk, zip(*words), len(words) + len(junk)
+    )
+
 
 def _name_notes(strange, junk, columns, n):
     "What the names of a folder's images do not say."
     notes = []
-    if 0 < len(strange) < n: notes.append(f'unknown: identity and camera of {len(strange):,} of {n:,} images, whose names are not like the others: {_listed(map(_name_of, strange))}')
-    if junk: notes.append(f'left out: {len(junk):,} of {n:,} images, which are junk by name (-1 for the identity): {_listed(map(_name_of, junk))}')
+    if 0 < len(strange) < n:
+        notes.append(
+            f'unknown: identity and camera of {len(strange):,} of {n:,} images, whose names are not like the'
+            f' others: {_listed(map(_name_of, strange))}'
+        )
+    if junk:
+        notes.append(
+            f'left out: {len(junk):,} of {n:,} images, which are junk by name (-1 for the identity):'
+            f' {_listed(map(_name_of, junk))}'
+        )
     for meaning, column in zip(('identity', 'camera'), columns):
         words = unknown_words(column)
-        if words: notes.append(f'unknown: {meaning} of {sum(words.values()):,} images, by the words {_listed(words)}')
+        if words:
+            notes.append(
+                f'unknown: {meaning} of {sum(words.values()):,} images, by the words {_listed(words)}'
+            )
     return notes
 
 # %% ../nbs/01_data.ipynb #5b0e42d9
@@ -287,26 +454,54 @@ def _own_dataset(root, pattern, asked, first_camera):
     framed = hasattr(root, 'to_dict')
     if framed or Path(root).suffix.lower() in TABLES and not Path(root).expanduser().is_dir():
         splits, notes = table_rows(root if framed else Path(root).expanduser())
-        return ReIDDataset('folder', '.' if framed else str(Path(root).expanduser().parent), *(Split(*a) for a in splits.values()), notes=tuple(notes))
+        return ReIDDataset(
+            'folder',
+            '.' if framed else str(Path(root).expanduser().parent),
+            *(Split(*a) for a in splits.values()),
+            notes=tuple(notes),
+        )
     root = Path(root).expanduser()
-    if not root.is_dir(): raise FileNotFoundError(f'dataset folder needs a folder or a table ({", ".join(TABLES)}), {root} does not exist' if not root.exists() else
-                                                  f'dataset folder needs a folder or a table ({", ".join(TABLES)}), got {root}')
-    if inside_run(root): raise ValueError(f'a folder of images must not lie in a run, whose pictures are our own output, got {root} in the run {inside_run(root)}')
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f'dataset folder needs a folder or a table ({", ".join(TABLES)}), {root} does not exist'
+            if not root.exists()
+            else f'dataset folder needs a folder or a table ({", ".join(TABLES)}), got {root}'
+        )
+    if inside_run(root):
+        raise ValueError(
+            f'a folder of images must not lie in a run, whose pictures are our own output, got {root} in the'
+            f' run {inside_run(root)}'
+        )
     sources = _own_sources(root, asked)
     splits, notes = _own_splits(root, sources, pattern, first_camera)
     files, own = walk_folder(root)
-    if own: notes.append(f'left out: {len(own):,} folder{"s" * (len(own) > 1)} of our own output, runs or rendered cities: {_listed(own)}')
-    if not any(asked.values()): notes += _unread(root, files, sources)
+    if own:
+        notes.append(
+            f'left out: {len(own):,} folder{"s" * (len(own) > 1)} of our own output, runs or rendered cities:'
+            f' {_listed(own)}'
+        )
+    if not any(asked.values()):
+        notes += _unread(root, files, sources)
     ignored = Counter(Path(f).suffix for f in files if not f.lower().endswith(IMAGES))
     return ReIDDataset('folder', str(root), *splits, dict(ignored), tuple(notes))
+
 
 def _unread(root, files, sources):
     "What lies beside the folders of the splits."
     used = tuple(f'{s}/' for of_split in sources.values() for s in of_split)
-    if './' in used: return []
-    beside = Counter(f.partition('/')[0] if '/' in f else 'the folder itself' for f in files if f.lower().endswith(IMAGES) and not f.startswith(used))
-    if not beside: return []
-    return [f'left out: {sum(beside.values()):,} images outside of {", ".join(sorted(used))}: {_listed([f"{folder} {n}" for folder, n in sorted(beside.items())], 8)}']
+    if './' in used:
+        return []
+    beside = Counter(
+        f.partition('/')[0] if '/' in f else 'the folder itself'
+        for f in files
+        if f.lower().endswith(IMAGES) and not f.startswith(used)
+    )
+    if not beside:
+        return []
+    return [
+        f'left out: {sum(beside.values()):,} images outside of {", ".join(sorted(used))}:'
+        f' {_listed([f"{folder} {n}" for folder, n in sorted(beside.items())], 8)}'
+    ]
 
 # %% ../nbs/01_data.ipynb #c112ca47
 def _check_counts(dataset, counts):
@@ -315,91 +510,173 @@ def _check_counts(dataset, counts):
     for part, (images, ids) in counts.items():
         split = getattr(dataset, part)
         seen = len(split), len(np.unique(split.pids)) if ids else None
-        if seen != (images, ids): raise ValueError(f'{dataset.name} {part}: expected {say(images, ids)}, found {say(*seen)} in {dataset.root}. Unpack the archive again, or say that this is meant: --no-check-counts (check_counts=False).')
+        if seen != (images, ids):
+            raise ValueError(
+                f'{dataset.name} {part}: expected {say(images, ids)}, found {say(*seen)} in {dataset.root}.'
+                ' Unpack the archive again, or say that this is meant: --no-check-counts'
+                ' (check_counts=False).'
+            )
+
 
 def _city_root(city, root):
     "The city's folder, drawn first if need be."
-    if root is None: folder = city_folder(city)
-    elif Path(root).expanduser().name == city_folder(city).name and is_city(Path(root).expanduser()): folder = Path(root).expanduser()
-    else: folder = Path(root).expanduser() / city_folder(city).name
-    if is_city(folder): return folder
-    if root is not None: _check_unused(Path(root).expanduser())
+    if root is None:
+        folder = city_folder(city)
+    elif Path(root).expanduser().name == city_folder(city).name and is_city(Path(root).expanduser()):
+        folder = Path(root).expanduser()
+    else:
+        folder = Path(root).expanduser() / city_folder(city).name
+    if is_city(folder):
+        return folder
+    if root is not None:
+        _check_unused(Path(root).expanduser())
     return write_city(city, folder)
+
 
 def _check_unused(root):
     "ValueError for a place with anything in it that is not ours: the city is drawn into no folder of data."
-    way = 'For your own images add --dataset folder (load_dataset("folder", …)); without root_dir the city has a folder of its own'
-    if not os.path.lexists(root): return
-    if not root.is_dir(): raise ValueError(f'root_dir of the rendered city must be a new or empty folder, got the file {root}. {way}')
+    way = (
+        'For your own images add --dataset folder (load_dataset("folder", …)); without root_dir the city has'
+        ' a folder of its own'
+    )
+    if not os.path.lexists(root):
+        return
+    if not root.is_dir():
+        raise ValueError(
+            f'root_dir of the rendered city must be a new or empty folder, got the file {root}. {way}'
+        )
     files = walk_folder(root)[0]
-    if files: raise ValueError(f'root_dir of the rendered city must be a new or empty folder, got {root} with {len(files):,} files: {_listed(files)}. {way}')
+    if files:
+        raise ValueError(
+            f'root_dir of the rendered city must be a new or empty folder, got {root} with {len(files):,}'
+            f' files: {_listed(files)}. {way}'
+        )
 
 # %% ../nbs/01_data.ipynb #7f3f90f7
-def load_dataset(name: str = 'city',  # city, market1501, msmt17, veri or folder
-                 root: str | Path | None = None,  # data set's folder or the one above; folder: also a .csv, .parquet or DataFrame; None: $CCC_DATA, else ~/Dataset; for the city, its cache
-                 *, check_counts: bool = True,  # False: a benchmark may have other numbers of images than published
-                 city: City | None = None,  # settings of the rendered city
-                 pattern: str | None = None,  # folder: regular expression with groups pid and camid, either of which may be missing; None: Market-1501's names, where they are of that kind
-                 train: str | tuple | None = None, query: str | tuple | None = None, gallery: str | tuple | None = None,  # folder: sources of the splits; () for none, None: folders of the usual names, else all for training
-                 first_camera: int | None = None,  # folder: number of the first camera in names; None: 0 where there is a camera 0, else 1
-                ) -> ReIDDataset:
-    "Finds a data set and lists its images; none is opened. FileNotFoundError or ValueError say what was looked for, where, and what was found."
-    if name == 'city': root = _city_root(city or City(), root)
-    if root is None: root = os.environ.get('CCC_DATA') or '~/Dataset'
-    if name == 'folder': return _own_dataset(root, pattern, dict(train=train, query=query, gallery=gallery), first_camera)
+def load_dataset(
+    name: str = 'city',  # city, market1501, msmt17, veri or folder
+    root: (
+        str | Path | None
+    ) = None,  # data set's folder or the one above; folder: also a .csv, .parquet or DataFrame; None: $CCC_DATA, else ~/Dataset; for the city, its cache
+    *,
+    check_counts: bool = True,  # False: a benchmark may have other numbers of images than published
+    city: City | None = None,  # settings of the rendered city
+    pattern: (
+        str | None
+    ) = None,  # folder: regular expression with groups pid and camid, either of which may be missing; None: Market-1501's names, where they are of that kind
+    train: str | tuple | None = None,
+    query: str | tuple | None = None,
+    gallery: (
+        str | tuple | None
+    ) = None,  # folder: sources of the splits; () for none, None: folders of the usual names, else all for training
+    first_camera: (
+        int | None
+    ) = None,  # folder: number of the first camera in names; None: 0 where there is a camera 0, else 1
+) -> ReIDDataset:
+    """Finds a data set and lists its images; none is opened. FileNotFoundError or ValueError say what was
+    looked for, where, and what was found."""
+    if name == 'city':
+        root = _city_root(city or City(), root)
+    if root is None:
+        root = os.environ.get('CCC_DATA') or '~/Dataset'
+    if name == 'folder':
+        return _own_dataset(root, pattern, dict(train=train, query=query, gallery=gallery), first_camera)
     known, root = {'city': Benchmark((), (_CONVERTED,)), **BENCHMARKS}, Path(root).expanduser()
-    if name not in known: raise ValueError(f'dataset must be one of {", ".join(known)}, folder, got {name!r}')
+    if name not in known:
+        raise ValueError(f'dataset must be one of {", ".join(known)}, folder, got {name!r}')
     folder, layout = _locate(name, root, known[name])
     notes = None if check_counts else []
-    parts = [read_split(folder, sources, layout.pattern, layout.first_camera, notes) for sources in (layout.train, layout.query, layout.gallery)]
+    parts = [
+        read_split(folder, sources, layout.pattern, layout.first_camera, notes)
+        for sources in (layout.train, layout.query, layout.gallery)
+    ]
     dataset = ReIDDataset(name, str(folder), *parts, notes=tuple(notes or ()))
-    if check_counts: _check_counts(dataset, known[name].counts)
+    if check_counts:
+        _check_counts(dataset, known[name].counts)
     return dataset
 
 # %% ../nbs/01_data.ipynb #fbbc7dc9
-def subset(dataset: ReIDDataset, n_ids: int  # how many identities, at least 1
-          ) -> ReIDDataset:
+def subset(
+    dataset: ReIDDataset,
+    n_ids: int,  # how many identities, at least 1
+) -> ReIDDataset:
     "The first identities of training and of the test, in sorted order, without distractors."
-    if n_ids < 1: raise ValueError(f'n_ids must be at least 1, got {n_ids}')
+    if n_ids < 1:
+        raise ValueError(f'n_ids must be at least 1, got {n_ids}')
     first, test = np.unique(dataset.train.pids)[:n_ids], np.unique(dataset.query.pids)[:n_ids]
     keep = lambda split, ids: split.where(np.isin(split.pids, ids))
-    return replace(dataset, name=f'{dataset.name}-{n_ids}', train=keep(dataset.train, first), query=keep(dataset.query, test), gallery=keep(dataset.gallery, test))
+    return replace(
+        dataset,
+        name=f'{dataset.name}-{n_ids}',
+        train=keep(dataset.train, first),
+        query=keep(dataset.query, test),
+        gallery=keep(dataset.gallery, test),
+    )
 
 # %% ../nbs/01_data.ipynb #26de1df6
 def _decode(split, height, width, num_workers, progress):
     "uint8 (N, 3, height, width): each image read, resized (bilinear) and laid out for the network."
     from tqdm.auto import tqdm
+
     pixels = np.empty((len(split), 3, height, width), np.uint8)
-    def load(i): pixels[i] = np.asarray(split.image(i).resize((width, height), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+
+    def load(i):
+        pixels[i] = np.asarray(split.image(i).resize((width, height), Image.Resampling.BILINEAR)).transpose(
+            2, 0, 1
+        )
+
     with ThreadPoolExecutor(num_workers or min(16, os.cpu_count() or 1)) as pool:
-        for _ in tqdm(pool.map(load, range(len(split))), total=len(split), desc='decoding', disable=not progress, leave=False): pass
+        for _ in tqdm(
+            pool.map(load, range(len(split))),
+            total=len(split),
+            desc='decoding',
+            disable=not progress,
+            leave=False,
+        ):
+            pass
     return pixels
 
 # %% ../nbs/01_data.ipynb #00585137
-def image_key(split: Split, height: int, width: int,  # as of load_images
-              num_workers: int = 0) -> str:  # 20 hexadecimal digits
+def image_key(
+    split: Split,
+    height: int,
+    width: int,  # as of load_images
+    num_workers: int = 0,
+) -> str:  # 20 hexadecimal digits
     "A name for the decoded pixels of a split, made from the content of its files."
     import PIL
     from PIL import features
+
     digest = lambda path: hashlib.blake2b(Path(path).read_bytes(), digest_size=16).digest()
     codecs = {name: features.version(name) for name in sorted(features.get_supported_codecs())}
-    key = hashlib.blake2b(f'{height}x{width} bilinear blur {split.blur} reader {READER} Pillow {PIL.__version__} {codecs}'.encode(), digest_size=10)
+    key = hashlib.blake2b(
+        f'{height}x{width} bilinear blur {split.blur} reader {READER} Pillow {PIL.__version__} {codecs}'.encode(),
+        digest_size=10,
+    )
     with ThreadPoolExecutor(num_workers or min(16, os.cpu_count() or 1)) as pool:
-        for d in pool.map(digest, split.paths): key.update(d)
+        for d in pool.map(digest, split.paths):
+            key.update(d)
     return key.hexdigest()
 
 # %% ../nbs/01_data.ipynb #c84be1ea
 def _flush_folder(folder):
-    "A new name must reach the disk, too; where folders cannot be opened, as on Windows, the system sees to it."
-    if os.name != 'posix': return
+    """A new name must reach the disk, too; where folders cannot be opened, as on Windows, the system sees
+    to it."""
+    if os.name != 'posix':
+        return
     handle = os.open(folder, os.O_RDONLY)
-    try: os.fsync(handle)
-    finally: os.close(handle)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 # %% ../nbs/01_data.ipynb #c7bfbd93
-def write_file(path: Path,  # the final name
-               write):  # called with a binary file
-    "Writes a file so that it is there whole or not at all; OSError with its name and what to do if it cannot be written."
+def write_file(
+    path: Path,  # the final name
+    write,  # called with a binary file
+):
+    """Writes a file so that it is there whole or not at all; OSError with its name and what to do if it
+    cannot be written."""
     path = Path(path)
     part = path.with_name(f'{path.name}.{os.getpid()}.tmp')
     try:
@@ -410,52 +687,75 @@ def write_file(path: Path,  # the final name
         os.replace(part, path)
         _flush_folder(path.parent)
     except OSError as e:
-        raise OSError(e.errno, f'cannot write {path.name} in {path.parent} ({e.strerror or e}). Make room or choose another folder; what was there before is untouched') from e
-    finally: part.unlink(missing_ok=True)
+        raise OSError(
+            e.errno,
+            f'cannot write {path.name} in {path.parent} ({e.strerror or e}). Make room or choose another'
+            ' folder; what was there before is untouched',
+        ) from e
+    finally:
+        part.unlink(missing_ok=True)
 
 # %% ../nbs/01_data.ipynb #fa776962
 def _cached(path, shape):
     "The array at `path`, or None if there is none of that shape whole."
-    if not path.exists(): return None
-    try: pixels = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError): pixels = np.empty(0)
-    if (pixels.shape, pixels.dtype) == (shape, np.uint8): return pixels
+    if not path.exists():
+        return None
+    try:
+        pixels = np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError):
+        pixels = np.empty(0)
+    if (pixels.shape, pixels.dtype) == (shape, np.uint8):
+        return pixels
     warnings.warn(f'{path.name} in the image cache is damaged; the images are decoded again')
+
 
 def _keep(path, pixels):
     "Writes the array at `path`; a cache that cannot be written is said and done without."
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, lambda f: np.save(f, pixels))
-    except OSError as e: warnings.warn(f'decoded images are not cached: {e}')
+    except OSError as e:
+        warnings.warn(f'decoded images are not cached: {e}')
 
 # %% ../nbs/01_data.ipynb #92794177
-def load_images(split: Split, height: int, width: int,  # of the result, pixels
-                num_workers: int = 0,  # threads; 0: one per core, at most 16
-                progress: bool = True,  # a bar while decoding
-                cache: str | Path | None = None,  # folder where decoded images are kept between runs; None: nowhere
-               ):  # torch.uint8 (N, 3, height, width)
-    "Decodes a split and resizes it (bilinear), or takes it from the cache; OSError with the path of an image that cannot be read."
+def load_images(
+    split: Split,
+    height: int,
+    width: int,  # of the result, pixels
+    num_workers: int = 0,  # threads; 0: one per core, at most 16
+    progress: bool = True,  # a bar while decoding
+    cache: str | Path | None = None,  # folder where decoded images are kept between runs; None: nowhere
+):  # torch.uint8 (N, 3, height, width)
+    """Decodes a split and resizes it (bilinear), or takes it from the cache; OSError with the path of an
+    image that cannot be read."""
     import torch
-    if cache is None: return torch.from_numpy(_decode(split, height, width, num_workers, progress))
+
+    if cache is None:
+        return torch.from_numpy(_decode(split, height, width, num_workers, progress))
     path = Path(cache).expanduser() / f'{image_key(split, height, width, num_workers)}.npy'
     pixels = _cached(path, (len(split), 3, height, width))
-    if pixels is None: _keep(path, pixels := _decode(split, height, width, num_workers, progress))
+    if pixels is None:
+        _keep(path, pixels := _decode(split, height, width, num_workers, progress))
     return torch.from_numpy(pixels)
 
 # %% ../nbs/01_data.ipynb #6e3e2605
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
+
 def normalize(images):  # uint8 (B, 3, H, W), any device; gives float32 (B, 3, H, W)
     "To float32 with the mean and deviation of ImageNet."
     import torch
-    stat = lambda v: torch.tensor(v).to(images.device, non_blocking=True).view(1, 3, 1, 1)      # the host does not wait for the device
-    return images.float().div_(255).sub_(stat(_MEAN)).div_(stat(_STD))  # in place: a batch is 100 MB, and memory is what this waits for
+
+    # the host does not wait for the device
+    stat = lambda v: torch.tensor(v).to(images.device, non_blocking=True).view(1, 3, 1, 1)
+    # in place: a batch is 100 MB, and memory is what this waits for
+    return images.float().div_(255).sub_(stat(_MEAN)).div_(stat(_STD))
 
 # %% ../nbs/01_data.ipynb #36533dd5
 @dataclass
 class Augmentation:
     "What happens to each image of a batch; torch tensors on the CPU."
+
     flip: 'torch.Tensor'  # (B,) bool
     top: 'torch.Tensor'  # (B,) int64, first row of the crop in the padded image
     left: 'torch.Tensor'  # (B,) int64, first column
@@ -464,8 +764,10 @@ class Augmentation:
 
 # %% ../nbs/01_data.ipynb #55d78bc2
 def _rectangles(v, height, width, area, ratio):
-    "First of several drawn rectangles that fits: (B, 4) int64, zeros where none does; v (B, 4, tries) uniform."
+    """First of several drawn rectangles that fits: (B, 4) int64, zeros where none does; v (B, 4, tries)
+    uniform."""
     import torch
+
     a = (area[0] + v[:, 0] * (area[1] - area[0])) * height * width  # (B, tries)
     r = ratio[0] * (ratio[1] / ratio[0]) ** v[:, 1]  # uniform in the logarithm: 1:2 is as likely as 2:1
     h, w = (a * r).sqrt().round().long(), (a / r).sqrt().round().long()
@@ -475,62 +777,88 @@ def _rectangles(v, height, width, area, ratio):
     return torch.stack([t.gather(1, first)[:, 0] for t in (y, x, h, w)], 1) * fits.any(1)[:, None]
 
 # %% ../nbs/01_data.ipynb #74aa7a6f
-def draw_augmentation(n: int, height: int, width: int,  # images and their size
-                      generator=None,  # torch.Generator on the CPU; None: torch's own
-                      flip: float = .5, pad: int = 10, erase: float = .5,  # probability, pixels, probability
-                      area: tuple = (.02, .4), ratio: tuple = (.3, 1 / .3),  # of the rectangle: share of the image, height / width
-                      tries: int = 10,  # rectangles drawn for each image
-                     ) -> Augmentation:
+def draw_augmentation(
+    n: int,
+    height: int,
+    width: int,  # images and their size
+    generator=None,  # torch.Generator on the CPU; None: torch's own
+    flip: float = 0.5,
+    pad: int = 10,
+    erase: float = 0.5,  # probability, pixels, probability
+    area: tuple = (0.02, 0.4),
+    ratio: tuple = (0.3, 1 / 0.3),  # of the rectangle: share of the image, height / width
+    tries: int = 10,  # rectangles drawn for each image
+) -> Augmentation:
     "Throws the dice for a batch."
     import torch
+
     u = torch.rand(n, 4, generator=generator)
     v = torch.rand(n, 4, tries, generator=generator, dtype=torch.float64)
     box = _rectangles(v, height, width, area, ratio) * (u[:, 3] < erase)[:, None]
-    return Augmentation(u[:, 0] < flip, (u[:, 1] * (2 * pad + 1)).long(), (u[:, 2] * (2 * pad + 1)).long(), box, pad)
+    return Augmentation(
+        u[:, 0] < flip, (u[:, 1] * (2 * pad + 1)).long(), (u[:, 2] * (2 * pad + 1)).long(), box, pad
+    )
 
 # %% ../nbs/01_data.ipynb #92ac7c3f
 def _apply(images, a):
     "Flip, pad, crop, normalise, erase: uint8 (B, 3, H, W) to float32."
     import torch
+
     (n, _, height, width), device = images.shape, images.device
     to = lambda t: t.to(device, non_blocking=True)
     flipped = torch.where(to(a.flip).view(n, 1, 1, 1), images.flip(3), images)
-    windows = torch.nn.functional.pad(flipped, (a.pad,) * 4).unfold(2, height, 1).unfold(3, width, 1)  # (B, 3, 2 pad + 1, 2 pad + 1, H, W), a view
+    # (B, 3, 2 pad + 1, 2 pad + 1, H, W), a view
+    windows = torch.nn.functional.pad(flipped, (a.pad,) * 4).unfold(2, height, 1).unfold(3, width, 1)
     out = normalize(windows[torch.arange(n, device=device), :, to(a.top), to(a.left)])  # (B, 3, H, W)
-    ys, xs, (y, x, h, w) = torch.arange(height, device=device), torch.arange(width, device=device), (t[:, None] for t in to(a.box).unbind(1))
-    inside = ((ys >= y) & (ys < y + h))[:, None, :, None] & ((xs >= x) & (xs < x + w))[:, None, None, :]  # (B, 1, H, W)
+    ys, xs, (y, x, h, w) = (
+        torch.arange(height, device=device),
+        torch.arange(width, device=device),
+        (t[:, None] for t in to(a.box).unbind(1)),
+    )
+    # (B, 1, H, W)
+    inside = ((ys >= y) & (ys < y + h))[:, None, :, None] & ((xs >= x) & (xs < x + w))[:, None, None, :]
     return torch.where(inside, to(torch.tensor(_MEAN)).view(1, 3, 1, 1), out)
 
 # %% ../nbs/01_data.ipynb #2564b9e1
-def apply_augmentation(images,  # uint8 (B, 3, H, W)
-                       a: Augmentation,
-                       part: int = 32,  # images at a time on a CPU
-                      ):  # float32 (B, 3, H, W), normalised
+def apply_augmentation(
+    images,  # uint8 (B, 3, H, W)
+    a: Augmentation,
+    part: int = 32,  # images at a time on a CPU
+):  # float32 (B, 3, H, W), normalised
     "Flip, pad, crop, normalise, erase, for a whole batch."
     import torch
-    if images.device.type != 'cpu' or len(images) <= part: return _apply(images, a)
+
+    if images.device.type != 'cpu' or len(images) <= part:
+        return _apply(images, a)
     out = torch.empty(images.shape)
-    for s in (slice(i, i + part) for i in range(0, len(images), part)): out[s] = _apply(images[s], Augmentation(a.flip[s], a.top[s], a.left[s], a.box[s], a.pad))
+    for s in (slice(i, i + part) for i in range(0, len(images), part)):
+        out[s] = _apply(images[s], Augmentation(a.flip[s], a.top[s], a.left[s], a.box[s], a.pad))
     return out
 
-def augment(images,  # uint8 (B, 3, H, W)
-            generator=None,  # torch.Generator on the CPU
-            **options):  # as of draw_augmentation
+
+def augment(
+    images,  # uint8 (B, 3, H, W)
+    generator=None,  # torch.Generator on the CPU
+    **options,  # as of draw_augmentation
+):
     "A training batch: float32 (B, 3, H, W), normalised."
     return apply_augmentation(images, draw_augmentation(len(images), *images.shape[2:], generator, **options))
 
 # %% ../nbs/01_data.ipynb #6a54aef6
 def _draw_evenly(members, n, rng):
-    "n of some members: each once, then the remainder, which repeats a member only if it is larger than their number."
+    """n of some members: each once, then the remainder, which repeats a member only if it is larger than
+    their number."""
     drawn = rng.permutation(members)[:n]
     remainder = n - len(drawn)
     return np.concatenate([drawn, rng.choice(members, remainder, replace=remainder > len(members))])
+
 
 def _draw_cluster(members, camids, n, rng):
     "n positions of one cluster: an anchor, then what other cameras saw."
     anchor = rng.choice(members)
     others = members[camids[members] != camids[anchor]]
-    if not len(others): others = members[members != anchor]
+    if not len(others):
+        others = members[members != anchor]
     return np.concatenate([[anchor], _draw_evenly(others, n - 1, rng)])
 
 # %% ../nbs/01_data.ipynb #836ba5f7
@@ -542,20 +870,34 @@ def _groups(labels):
 
 # %% ../nbs/01_data.ipynb #2aff3e20
 class CameraAwareSampler:
-    "Positions for batches of `batch_size / num_instances` clusters, each as many cameras saw it; iterating gives one pass."
+    """Positions for batches of `batch_size / num_instances` clusters, each as many cameras saw it;
+    iterating gives one pass."""
 
-    def __init__(self, labels: np.ndarray,  # (N,) pseudo-labels; -1 is never drawn
-                 camids: np.ndarray | None = None,  # (N,) cameras; None: cameras are ignored
-                 num_instances: int = 16,  # images of a cluster in a batch
-                 batch_size: int = 256,  # a multiple of num_instances
-                 seed: int | tuple = 0):  # with the pass number, all that the order depends on
+    def __init__(
+        self,
+        labels: np.ndarray,  # (N,) pseudo-labels; -1 is never drawn
+        camids: np.ndarray | None = None,  # (N,) cameras; None: cameras are ignored
+        num_instances: int = 16,  # images of a cluster in a batch
+        batch_size: int = 256,  # a multiple of num_instances
+        seed: int | tuple = 0,  # with the pass number, all that the order depends on
+    ):
         if num_instances < 1 or batch_size < num_instances or batch_size % num_instances:
-            raise ValueError(f'batch_size must be a multiple of num_instances, got batch_size={batch_size} and num_instances={num_instances}')
+            raise ValueError(
+                f'batch_size must be a multiple of num_instances, got batch_size={batch_size} and'
+                f' num_instances={num_instances}'
+            )
         labels = np.asarray(labels)
         self.camids = np.zeros(len(labels), np.int64) if camids is None else np.asarray(camids)
-        if self.camids.shape != labels.shape: raise ValueError(f'labels and camids must have one length, got {labels.shape} and {self.camids.shape}')
+        if self.camids.shape != labels.shape:
+            raise ValueError(
+                f'labels and camids must have one length, got {labels.shape} and {self.camids.shape}'
+            )
         self.clusters = _groups(labels)
-        if not self.clusters: raise ValueError(f'no cluster to draw from: of {len(labels)} labels {int((labels < 0).sum())} are outliers, and no cluster has two members')
+        if not self.clusters:
+            raise ValueError(
+                f'no cluster to draw from: of {len(labels)} labels {int((labels < 0).sum())} are outliers,'
+                ' and no cluster has two members'
+            )
         self.num_instances, self.batch_size, self.seed, self.next_pass = num_instances, batch_size, seed, 0
 
     def __len__(self):
@@ -565,19 +907,26 @@ class CameraAwareSampler:
         self.next_pass += 1
         return iter(self.draw(self.next_pass - 1).tolist())
 
-    def set_pass(self, n: int  # from 0
-                ) -> 'CameraAwareSampler':
+    def set_pass(
+        self,
+        n: int,  # from 0
+    ) -> 'CameraAwareSampler':
         "Makes pass `n` the next one."
         self.next_pass = int(n)
         return self
 
     def batches(self):
         "Batches of positions, (batch_size,) int64, for ever: pass after pass."
-        while True: yield from np.array(list(self), np.int64).reshape(-1, self.batch_size)
+        while True:
+            yield from np.array(list(self), np.int64).reshape(-1, self.batch_size)
 
     def draw(self, n: int) -> np.ndarray:  # (len(self),) int64
         "The positions of pass `n`, without looking at what was drawn before."
         rng, order = np.random.default_rng([*np.atleast_1d(self.seed).tolist(), int(n)]), []
-        while len(order) * self.num_instances < len(self): order.extend(rng.permutation(len(self.clusters)))  # too few clusters for a batch: further rounds are strung on
-        order = order[:len(self) // self.num_instances]
-        return np.concatenate([_draw_cluster(self.clusters[c], self.camids, self.num_instances, rng) for c in order])
+        while len(order) * self.num_instances < len(self):
+            # too few clusters for a batch: further rounds are strung on
+            order.extend(rng.permutation(len(self.clusters)))
+        order = order[: len(self) // self.num_instances]
+        return np.concatenate(
+            [_draw_cluster(self.clusters[c], self.camids, self.num_instances, rng) for c in order]
+        )

@@ -28,109 +28,201 @@ from .data import normalize
 def check_device(device: str | None):  # cpu, cuda, cuda:<number>, mps; None: what there is
     "ValueError for a device that this machine does not have."
     kind, _, number = str(device).partition(':')
-    if device is None or device == 'cpu': return
+    if device is None or device == 'cpu':
+        return
     if kind == 'cuda' and (not number or number.isdecimal()):
-        if not torch.cuda.is_available(): raise ValueError(f'device must be one that torch can see: device={device} needs a GPU, and there is none')
-        if number and int(number) >= torch.cuda.device_count(): raise ValueError(f'device must be one of the {torch.cuda.device_count()} GPUs here, the first being cuda:0; got device={device}')
+        if not torch.cuda.is_available():
+            raise ValueError(
+                f'device must be one that torch can see: device={device} needs a GPU, and there is none'
+            )
+        if number and int(number) >= torch.cuda.device_count():
+            raise ValueError(
+                f'device must be one of the {torch.cuda.device_count()} GPUs here, the first being cuda:0;'
+                f' got device={device}'
+            )
     elif device == 'mps':
-        if not torch.backends.mps.is_available(): raise ValueError('device mps needs a GPU of Apple that torch can see, got none')
-    else: raise ValueError(f'device must be cpu, cuda, cuda:<number> or mps, got device={device}')
+        if not torch.backends.mps.is_available():
+            raise ValueError('device mps needs a GPU of Apple that torch can see, got none')
+    else:
+        raise ValueError(f'device must be cpu, cuda, cuda:<number> or mps, got device={device}')
 
 # %% ../nbs/08c_engine.ipynb #dc09efe3
-LONGEST_WAIT = timedelta(hours=12)  # of processes for the first one, while it decodes, labels or re-ranks; NCCL's own limit is ten minutes
+# of processes for the first one, while it decodes, labels or re-ranks; NCCL's own limit is ten minutes
+LONGEST_WAIT = timedelta(hours=12)
+
 
 def launcher_settings() -> list:  # settings as NAME=value
-    "What a launcher's environment asks of the arithmetic, and a run does not follow; ValueError for a kind of parallelism that is not ours."
-    for name in ('ACCELERATE_USE_DEEPSPEED', 'ACCELERATE_USE_FSDP', 'ACCELERATE_USE_MEGATRON_LM', 'ACCELERATE_USE_PARALLELISM_CONFIG'):
+    """What a launcher's environment asks of the arithmetic, and a run does not follow; ValueError for a
+    kind of parallelism that is not ours."""
+    for name in (
+        'ACCELERATE_USE_DEEPSPEED',
+        'ACCELERATE_USE_FSDP',
+        'ACCELERATE_USE_MEGATRON_LM',
+        'ACCELERATE_USE_PARALLELISM_CONFIG',
+    ):
         if os.environ.get(name, '').lower() in ('1', 'true', 'yes', 'y', 'on', 't'):
-            raise ValueError(f'several processes must each hold the whole network, got {name}={os.environ[name]} from the launcher; leave it out (`accelerate config`)')
-    usual = dict(ACCELERATE_MIXED_PRECISION='no', ACCELERATE_GRADIENT_ACCUMULATION_STEPS='1', ACCELERATE_DYNAMO_BACKEND='no')
-    return [f'{name}={os.environ[name]}' for name, value in usual.items() if os.environ.get(name, value).lower() not in (value, '')]
+            raise ValueError(
+                f'several processes must each hold the whole network, got {name}={os.environ[name]} from the'
+                ' launcher; leave it out (`accelerate config`)'
+            )
+    usual = dict(
+        ACCELERATE_MIXED_PRECISION='no',
+        ACCELERATE_GRADIENT_ACCUMULATION_STEPS='1',
+        ACCELERATE_DYNAMO_BACKEND='no',
+    )
+    return [
+        f'{name}={os.environ[name]}'
+        for name, value in usual.items()
+        if os.environ.get(name, value).lower() not in (value, '')
+    ]
+
 
 def own_state():
-    "Accelerate keeps device and arithmetic once for the whole process. Here each engine gets its own: one on a CPU and one on a GPU can live side by side."
+    """Accelerate keeps device and arithmetic once for the whole process. Here each engine gets its own:
+    one on a CPU and one on a GPU can live side by side."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
-    for state in (AcceleratorState, GradientState, PartialState): state._shared_state = {}
 
-def check_engine(asked: str | None,  # the setting `device`
-                 device):  # of the engine
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._shared_state = {}
+
+
+def check_engine(
+    asked: str | None,  # the setting `device`
+    device,  # of the engine
+):
     "ValueError if a run would not be where it was asked to be."
     if asked is not None and device.type != asked.partition(':')[0]:
-        raise ValueError(f'device must be that of the processes as they were launched, got device={asked} for processes on {device.type} (ACCELERATE_USE_CPU and ACCELERATE_TORCH_DEVICE decide it, or the first run in this process group)')
+        raise ValueError(
+            f'device must be that of the processes as they were launched, got device={asked} for processes on'
+            f' {device.type} (ACCELERATE_USE_CPU and ACCELERATE_TORCH_DEVICE decide it, or the first run in'
+            ' this process group)'
+        )
 
 # %% ../nbs/08c_engine.ipynb #86a1eb20
 def make_engine(config: Config):  # `device`, `bn_chunks`, `deterministic`
     "The `accelerate.Accelerator` of this process; ValueError if the settings ask for what is not there."
     check_device(config.device)
-    if config.deterministic: os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')     # has to be there before CUDA is
-    several = int(os.environ.get('WORLD_SIZE', 1)) > 1           # torchrun without a GPU: gloo, or each process would train alone
+    if config.deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # has to be there before CUDA is
+    # torchrun without a GPU: gloo, or each process would train alone
+    several = int(os.environ.get('WORLD_SIZE', 1)) > 1
     if str(config.device).startswith('cuda:'):
-        if several: raise ValueError(f'device with a number is for one process, got device={config.device} for several; CUDA_VISIBLE_DEVICES deals GPUs out')
+        if several:
+            raise ValueError(
+                f'device with a number is for one process, got device={config.device} for several;'
+                ' CUDA_VISIBLE_DEVICES deals GPUs out'
+            )
         torch.cuda.set_device(config.device)
-    engine = _accelerator(config.device, cpu=config.device == 'cpu' or several and not torch.cuda.is_available())
+    engine = _accelerator(
+        config.device, cpu=config.device == 'cpu' or several and not torch.cuda.is_available()
+    )
     n = engine.num_processes
     if config.bn_chunks % n:
-        raise ValueError(f'bn_chunks must be a multiple of the number of processes, got bn_chunks={config.bn_chunks} for {n} processes. Launch at most {config.bn_chunks} (--num_processes), '
-                         f'or give --bn-chunks {n}, another recipe: images are then normalised among {config.batch_size // n}')
+        raise ValueError(
+            f'bn_chunks must be a multiple of the number of processes, got bn_chunks={config.bn_chunks} for'
+            f' {n} processes. Launch at most {config.bn_chunks} (--num_processes), or give --bn-chunks {n},'
+            f' another recipe: images are then normalised among {config.batch_size // n}'
+        )
     if engine.device.type == 'cuda':
-        if n == 1: engine.state.device = torch.device('cuda', torch.cuda.current_device())     # `cuda` alone would follow the engine made last
-        torch.backends.cudnn.benchmark = not config.deterministic      # batches are all of one size: look for the fastest kernels once
+        if n == 1:
+            # `cuda` alone would follow the engine made last
+            engine.state.device = torch.device('cuda', torch.cuda.current_device())
+        # batches are all of one size: look for the fastest kernels once
+        torch.backends.cudnn.benchmark = not config.deterministic
         torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
     return engine
+
 
 def _accelerator(asked, cpu):
     "An `Accelerator` whose arithmetic is that of the settings, whatever launched the process."
     from accelerate import Accelerator
     from accelerate.state import PartialState
     from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
+
     overruled = launcher_settings()
-    if not torch.distributed.is_initialized(): own_state()
-    elif PartialState._shared_state: check_engine(asked, PartialState().device)         # processes that have joined stay where they are
-    engine = Accelerator(cpu=cpu, mixed_precision='no', dynamo_backend='no', gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-                         kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)])
+    if not torch.distributed.is_initialized():
+        own_state()
+    elif PartialState._shared_state:
+        check_engine(asked, PartialState().device)  # processes that have joined stay where they are
+    engine = Accelerator(
+        cpu=cpu,
+        mixed_precision='no',
+        dynamo_backend='no',
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
+    )
     check_engine(asked, engine.device)
-    if overruled and engine.is_main_process: warnings.warn(f'the settings of the run decide, not the launcher: {", ".join(overruled)} has no effect')
+    if overruled and engine.is_main_process:
+        warnings.warn(
+            f'the settings of the run decide, not the launcher: {", ".join(overruled)} has no effect'
+        )
     return engine
 
 # %% ../nbs/08c_engine.ipynb #a7211028
-def from_main(engine,  # Accelerator
-              make,    # function without arguments
-             ):        # its value
+def from_main(
+    engine,  # Accelerator
+    make,  # function without arguments
+):  # its value
     "The value of `make()`, computed by the first process and given to the others."
     from accelerate.utils import broadcast_object_list
+
     value = [make() if engine.is_main_process else None]
     return broadcast_object_list(value)[0] if engine.num_processes > 1 else value[0]
 
 # %% ../nbs/08c_engine.ipynb #775af29e
-def any_process(engine,  # Accelerator
-                value: int) -> int:  # the same for every process
+def any_process(
+    engine,  # Accelerator
+    value: int,
+) -> int:  # the same for every process
     "The largest `value` of all processes: what one knows, all know."
-    if engine.num_processes == 1: return value
+    if engine.num_processes == 1:
+        return value
     return int(engine.gather(torch.tensor([value], device=engine.device)).max())
 
 # %% ../nbs/08c_engine.ipynb #b58897fd
 def progress_bar(items, name, engine, total=None):
     "A bar that disappears, for people only: silent in files, notebooks and all processes but the first."
     from tqdm import tqdm
-    return tqdm(items, name, total=total, leave=False, disable=None if engine.is_main_process else True, dynamic_ncols=True)
+
+    return tqdm(
+        items,
+        name,
+        total=total,
+        leave=False,
+        disable=None if engine.is_main_process else True,
+        dynamic_ncols=True,
+    )
 
 # %% ../nbs/08c_engine.ipynb #2ada2e05
-def arithmetic(config: Config,  # `precision`, `channels_last`, `compile`
-               device) -> dict:  # precision 'bf16' or 'fp32', channels_last, compile
+def arithmetic(
+    config: Config,  # `precision`, `channels_last`, `compile`
+    device,
+) -> dict:  # precision 'bf16' or 'fp32', channels_last, compile
     "What the settings come to on this device; ValueError for bf16 on a GPU that has none."
     gpu = device.type == 'cuda'
     has = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-    if config.precision == 'bf16' and gpu and not has: raise ValueError(f'precision bf16 needs a GPU with bfloat16, got {torch.cuda.get_device_name(device)}; auto takes what there is')
-    return dict(precision='bf16' if config.precision == 'bf16' or config.precision == 'auto' and has else 'fp32',
-                channels_last=config.channels_last == 'on' or config.channels_last == 'auto' and gpu, compile=config.compile)
+    if config.precision == 'bf16' and gpu and not has:
+        raise ValueError(
+            f'precision bf16 needs a GPU with bfloat16, got {torch.cuda.get_device_name(device)}; auto takes'
+            ' what there is'
+        )
+    return dict(
+        precision='bf16' if config.precision == 'bf16' or config.precision == 'auto' and has else 'fp32',
+        channels_last=config.channels_last == 'on' or config.channels_last == 'auto' and gpu,
+        compile=config.compile,
+    )
 
 # %% ../nbs/08c_engine.ipynb #fc339fa5
 class Chunked(nn.Module):
-    "`net` applied to contiguous chunks of a batch, each with its own batch statistics, in float32 or under bfloat16 autocast."
-    def __init__(self,
-                 net: nn.Module,  # maps images to embeddings
-                 chunks: int,  # chunks of each batch this process sees
-                 precision: str = 'fp32'):  # 'fp32', or 'bf16' for autocast
+    """`net` applied to contiguous chunks of a batch, each with its own batch statistics, in float32 or
+    under bfloat16 autocast."""
+
+    def __init__(
+        self,
+        net: nn.Module,  # maps images to embeddings
+        chunks: int,  # chunks of each batch this process sees
+        precision: str = 'fp32',  # 'fp32', or 'bf16' for autocast
+    ):
         super().__init__()
         self.net, self.chunks, self.precision = net, chunks, precision
 
@@ -139,36 +231,51 @@ class Chunked(nn.Module):
             return forward_chunks(self.net, images, self.chunks)
 
 # %% ../nbs/08c_engine.ipynb #1940d813
-def unused_parameters(net: nn.Module,  # images -> embeddings
-                      height: int, width: int) -> list | None:  # names; None if that cannot be known without values
-    "Parameters that learn, and that a loss on the embeddings does not reach: a network of timm may bring some of its classifier."
+def unused_parameters(
+    net: nn.Module,  # images -> embeddings
+    height: int,
+    width: int,
+) -> list | None:  # names; None if that cannot be known without values
+    """Parameters that learn, and that a loss on the embeddings does not reach: a network of timm may bring
+    some of its classifier."""
     try:
         ghost = copy.deepcopy(net).to('meta').train()
         ghost(torch.empty(2, 3, height, width, device='meta')).sum().backward()
-    except (RuntimeError, NotImplementedError, TypeError): return None
+    except (RuntimeError, NotImplementedError, TypeError):
+        return None
     return [name for name, p in ghost.named_parameters() if p.requires_grad and p.grad is None]
 
 # %% ../nbs/08c_engine.ipynb #e696ba95
-def training_module(net: nn.Module,  # on its device already; its memory layout may be changed
-                    config: Config,  # `bn_chunks` and the arithmetic
-                    engine):  # Accelerator of P processes; gives images (B / P, 3, H, W) -> embeddings (B / P, D)
-    "`net` as it is trained: chunked, in the chosen arithmetic, wrapped for several processes. `net` itself stays usable, for extraction."
+def training_module(
+    net: nn.Module,  # on its device already; its memory layout may be changed
+    config: Config,  # `bn_chunks` and the arithmetic
+    engine,  # Accelerator of P processes; gives images (B / P, 3, H, W) -> embeddings (B / P, D)
+):
+    """`net` as it is trained: chunked, in the chosen arithmetic, wrapped for several processes. `net`
+    itself stays usable, for extraction."""
     how = arithmetic(config, engine.device)
-    if how['channels_last']: net.to(memory_format=torch.channels_last)
+    if how['channels_last']:
+        net.to(memory_format=torch.channels_last)
     if engine.num_processes > 1:
         from accelerate.utils import DistributedDataParallelKwargs
-        engine.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=unused_parameters(net, config.height, config.width) != [])
-    inner = torch.compile(net) if how['compile'] else net     # inside Chunked: its chunks share one compiled graph
+
+        engine.ddp_handler = DistributedDataParallelKwargs(
+            find_unused_parameters=unused_parameters(net, config.height, config.width) != []
+        )
+    # inside Chunked: its chunks share one compiled graph
+    inner = torch.compile(net) if how['compile'] else net
     return engine.prepare(Chunked(inner, config.bn_chunks // engine.num_processes, how['precision']))
 
 # %% ../nbs/08c_engine.ipynb #e848ec69
-def place_images(sizes: dict,  # split -> bytes, the most important first
-                 free: int | None,  # bytes of free memory on the GPU; None: there is no GPU
-                 wish: str = 'auto',  # `image_store`
-                 share: float = .5,  # of the free memory that images may take
-                ) -> dict:  # split -> 'device', 'pinned' or, without a GPU, 'host'
+def place_images(
+    sizes: dict,  # split -> bytes, the most important first
+    free: int | None,  # bytes of free memory on the GPU; None: there is no GPU
+    wish: str = 'auto',  # `image_store`
+    share: float = 0.5,  # of the free memory that images may take
+) -> dict:  # split -> 'device', 'pinned' or, without a GPU, 'host'
     "Where each split's images shall live."
-    if free is None: return dict.fromkeys(sizes, 'host')
+    if free is None:
+        return dict.fromkeys(sizes, 'host')
     homes, used = {}, 0
     for split, size in sizes.items():
         fits = wish == 'device' or wish == 'auto' and used + size <= share * free
@@ -176,52 +283,79 @@ def place_images(sizes: dict,  # split -> bytes, the most important first
     return homes
 
 # %% ../nbs/08c_engine.ipynb #8cca1739
-def settle_images(images,  # (N, 3, H, W) uint8 in host memory
-                  home: str,  # 'device', 'pinned', 'host'
-                  device):
+def settle_images(
+    images,  # (N, 3, H, W) uint8 in host memory
+    home: str,  # 'device', 'pinned', 'host'
+    device,
+):
     "The images where they shall live."
     return images.to(device) if home == 'device' else images.pin_memory() if home == 'pinned' else images
 
-def fetch_images(images,  # (N, 3, H, W) uint8, on `device` or in host memory
-                 positions: np.ndarray,  # (B,) integers
-                 device):  # where they are wanted; gives (B, 3, H, W) uint8
-    "A batch of images on the device; the host does not wait for it: from pinned memory a batch is gathered in a pinned buffer and goes in one copy."
+
+def fetch_images(
+    images,  # (N, 3, H, W) uint8, on `device` or in host memory
+    positions: np.ndarray,  # (B,) integers
+    device,  # where they are wanted; gives (B, 3, H, W) uint8
+):
+    """A batch of images on the device; the host does not wait for it: from pinned memory a batch is
+    gathered in a pinned buffer and goes in one copy."""
     places = torch.from_numpy(positions)
-    if images.device.type != 'cpu' or not images.is_pinned(): return images[places.to(images.device, non_blocking=True)].to(device)
-    buffer = torch.empty((len(places), *images.shape[1:]), dtype=images.dtype, pin_memory=True)     # given back once the copy is done
+    if images.device.type != 'cpu' or not images.is_pinned():
+        return images[places.to(images.device, non_blocking=True)].to(device)
+    # given back once the copy is done
+    buffer = torch.empty((len(places), *images.shape[1:]), dtype=images.dtype, pin_memory=True)
     return torch.index_select(images, 0, places, out=buffer).to(device, non_blocking=True)
 
 # %% ../nbs/08c_engine.ipynb #d93ed1aa
 @torch.no_grad()
-def extract_embeddings(net,         # maps normalised images to (B, D); is left in eval mode
-                       images,      # (N, 3, H, W) uint8
-                       batch_size,  # images at a time
-                       engine,      # Accelerator
-                      ) -> np.ndarray:  # (N, D) float32, unit norm, in the order of the images
+def extract_embeddings(
+    net,  # maps normalised images to (B, D); is left in eval mode
+    images,  # (N, 3, H, W) uint8
+    batch_size,  # images at a time
+    engine,  # Accelerator
+) -> np.ndarray:  # (N, D) float32, unit norm, in the order of the images
     "Embeddings of all images; each process looks at its own part, every process gets all."
     net.eval()
     size = -(-len(images) // engine.num_processes)
     part = (np.arange(size) + engine.process_index * size).clip(max=len(images) - 1)
-    if engine.device.type == 'cpu': batches = np.array_split(part, -(-size // batch_size))
-    else: batches = np.pad(part, (0, -size % batch_size), 'edge').reshape(-1, batch_size)      # all of one size: cuDNN looks for kernels once
-    z = [net(normalize(fetch_images(images, b, engine.device))).float() for b in progress_bar(batches, 'extract', engine)]
-    return engine.gather(torch.cat(z)[:size])[:len(images)].cpu().numpy()
+    if engine.device.type == 'cpu':
+        batches = np.array_split(part, -(-size // batch_size))
+    else:
+        # all of one size: cuDNN looks for kernels once
+        batches = np.pad(part, (0, -size % batch_size), 'edge').reshape(-1, batch_size)
+    z = [
+        net(normalize(fetch_images(images, b, engine.device))).float()
+        for b in progress_bar(batches, 'extract', engine)
+    ]
+    return engine.gather(torch.cat(z)[:size])[: len(images)].cpu().numpy()
 
 # %% ../nbs/08c_engine.ipynb #6ba18588
-def training_flops(net: nn.Module,  # images -> embeddings
-                   height: int, width: int) -> float | None:  # operations an image, a multiplication and an addition being two; None if it cannot be counted
+def training_flops(
+    net: nn.Module,  # images -> embeddings
+    height: int,
+    width: int,
+) -> (
+    float | None
+):  # operations an image, a multiplication and an addition being two; None if it cannot be counted
     "What a training step costs for each image: matrix products and convolutions, forward and backward."
     from torch.utils.flop_counter import FlopCounterMode
+
     try:
         ghost = copy.deepcopy(net).to('meta').train()
-        with FlopCounterMode(display=False) as count, torch.no_grad(): ghost(torch.empty(2, 3, height, width, device='meta'))
-        return 3 * count.get_total_flops() / 2        # its count of the backward pass takes grouped convolutions for whole ones
-    except (RuntimeError, NotImplementedError, TypeError): return None       # a network that looks at values cannot run without them
+        with FlopCounterMode(display=False) as count, torch.no_grad():
+            ghost(torch.empty(2, 3, height, width, device='meta'))
+        # its count of the backward pass takes grouped convolutions for whole ones
+        return 3 * count.get_total_flops() / 2
+    except (RuntimeError, NotImplementedError, TypeError):
+        return None  # a network that looks at values cannot run without them
 
 # %% ../nbs/08c_engine.ipynb #336092a3
 @functools.lru_cache
-def measured_peak(device: torch.device, precision: str = 'fp32',  # 'bf16' or 'fp32'
-                  seconds: float = .1) -> float:  # operations a second
+def measured_peak(
+    device: torch.device,
+    precision: str = 'fp32',  # 'bf16' or 'fp32'
+    seconds: float = 0.1,
+) -> float:  # operations a second
     "How many operations a second a large square matrix product reaches on this device; measured once."
     gpu = device.type == 'cuda'
     n = 8192 if gpu else 512
@@ -229,33 +363,71 @@ def measured_peak(device: torch.device, precision: str = 'fp32',  # 'bf16' or 'f
     wait = torch.cuda.synchronize if gpu else lambda: None
     best, until = float('inf'), time.perf_counter() + seconds
     for k in range(10_000):
-        start = time.perf_counter(); a @ a; wait()
-        best = min(best, time.perf_counter() - start) if k else best           # the first one only warms up
-        if k > 2 and time.perf_counter() > until: break
-    return 2 * n ** 3 / best
+        start = time.perf_counter()
+        a @ a
+        wait()
+        best = min(best, time.perf_counter() - start) if k else best  # the first one only warms up
+        if k > 2 and time.perf_counter() > until:
+            break
+    return 2 * n**3 / best
 
 # %% ../nbs/08c_engine.ipynb #bd464e89
-def speed(images: int,  # seen in training
-          seconds: float,  # it took
-          flops: float | None,  # of `training_flops`
-          peak: float,  # of `measured_peak`, times the number of devices
-         ) -> dict:  # images_per_second, peak_share
+def speed(
+    images: int,  # seen in training
+    seconds: float,  # it took
+    flops: float | None,  # of `training_flops`
+    peak: float,  # of `measured_peak`, times the number of devices
+) -> dict:  # images_per_second, peak_share
     "Images a second and the share of the device's peak."
     rate = images / seconds
-    return dict(images_per_second=round(rate, 1), peak_share=None if flops is None else round(rate * flops / peak, 4))
+    return dict(
+        images_per_second=round(rate, 1), peak_share=None if flops is None else round(rate * flops / peak, 4)
+    )
 
 # %% ../nbs/08c_engine.ipynb #527c05f2
 def what_varies(config: Config, engine) -> list:  # sentences
     "What can make a repetition of this run differ."
     how, gpu = arithmetic(config, engine.device), engine.device.type == 'cuda'
     n = torch.get_num_threads()
-    said = [(True, f'sums are made by {n} thread{"s" * (n > 1)} on the CPU: another number may change last bits'),
-            (gpu and not config.deterministic, 'cuDNN may choose other convolution kernels in another run, and some of them add in no fixed order (the setting deterministic avoids both where PyTorch can)'),
-            (gpu and config.deterministic, 'PyTorch warns of each kernel that has no deterministic form; those still add in no fixed order'),
-            (gpu, 'matrix products on another type of GPU, or another driver, may round differently; float32 convolutions may use TF32'),
-            (gpu and config.clustering == 'kmeans', 'k-means takes the same steps from the same starts as on a CPU, with sums in another order'),
-            (config.knn_index != 'exact', f'the approximate index {config.knn_index} is built by FAISS, on a GPU in another order than on a CPU'),
-            (how['precision'] == 'bf16', 'bfloat16 makes differences of rounding larger than float32 does'),
-            (how['compile'], 'torch.compile may choose other kernels in another run or version'),
-            (engine.num_processes > 1, f'gradients of {engine.num_processes} processes are averaged: equal to one process with as many chunks up to rounding')]
+    said = [
+        (True, f'sums are made by {n} thread{"s" * (n > 1)} on the CPU: another number may change last bits'),
+        (
+            gpu and not config.deterministic,
+            (
+                'cuDNN may choose other convolution kernels in another run, and some of them add in no fixed'
+                ' order (the setting deterministic avoids both where PyTorch can)'
+            ),
+        ),
+        (
+            gpu and config.deterministic,
+            'PyTorch warns of each kernel that has no deterministic form; those still add in no fixed order',
+        ),
+        (
+            gpu,
+            (
+                'matrix products on another type of GPU, or another driver, may round differently; float32'
+                ' convolutions may use TF32'
+            ),
+        ),
+        (
+            gpu and config.clustering == 'kmeans',
+            'k-means takes the same steps from the same starts as on a CPU, with sums in another order',
+        ),
+        (
+            config.knn_index != 'exact',
+            (
+                f'the approximate index {config.knn_index} is built by FAISS, on a GPU in another order than'
+                ' on a CPU'
+            ),
+        ),
+        (how['precision'] == 'bf16', 'bfloat16 makes differences of rounding larger than float32 does'),
+        (how['compile'], 'torch.compile may choose other kernels in another run or version'),
+        (
+            engine.num_processes > 1,
+            (
+                f'gradients of {engine.num_processes} processes are averaged: equal to one process with as'
+                ' many chunks up to rounding'
+            ),
+        ),
+    ]
     return [sentence for applies, sentence in said if applies]

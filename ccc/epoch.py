@@ -26,149 +26,211 @@ from torch import nn
 from .backbone import build_backbone
 from .config import Config, check_same, evaluation_due, learning_rate
 from .data import augment, load_dataset, load_images, normalize, subset
-from .engine import (arithmetic, extract_embeddings, fetch_images, from_main, make_engine, measured_peak, place_images,
-                        settle_images, speed, training_flops, training_module)
-from .evaluation import evaluate_embeddings, evaluate_ranking, rerank, rerank_features
+from ccc.engine import (
+    arithmetic,
+    extract_embeddings,
+    fetch_images,
+    from_main,
+    make_engine,
+    measured_peak,
+    place_images,
+    settle_images,
+    speed,
+    training_flops,
+    training_module,
+)
+from .evaluation import evaluate_ranking, rerank, rerank_features
 from .folder import check_images, keep_readable
 from .labels import PseudoLabels, diagnose
-from .parts import Parts, check_augmented, check_batch, check_labels, check_loss, check_memory, seed_for
+from .parts import Parts, check_augmented, check_batch, check_labels, check_loss, check_memory
 from .viz import sample_points
 
 # %% ../nbs/08f_epoch.ipynb #69f7b4b3
 def open_dataset(config: Config):  # `dataset`, `root_dir`, `pattern`, `subset_ids`
     "The `ReIDDataset` that the settings name; of a folder of one's own, what can be read."
-    root = None if config.root_dir == '~/Dataset' else config.root_dir   # None lets $CCC_DATA speak first
-    counted = config.check_counts and config.subset_ids is None          # a part of a benchmark needs no whole
+    root = None if config.root_dir == '~/Dataset' else config.root_dir  # None lets $CCC_DATA speak first
+    counted = config.check_counts and config.subset_ids is None  # a part of a benchmark needs no whole
     dataset = load_dataset(config.dataset, root, check_counts=counted, pattern=config.pattern)
-    if config.dataset == 'folder': dataset = keep_readable(dataset, check_images(dataset, config.num_workers))
-    else: check_listed(dataset)
+    if config.dataset == 'folder':
+        dataset = keep_readable(dataset, check_images(dataset, config.num_workers))
+    else:
+        check_listed(dataset)
     known = len(np.unique(dataset.train.pids[dataset.train.pids >= 0]))
     if (config.subset_ids or 0) > known:
-        raise ValueError(f'subset_ids must not exceed the identities there are, '
-                         f'got subset_ids={config.subset_ids} for {known} in training')
+        raise ValueError(
+            f'subset_ids must not exceed the identities there are, got subset_ids={config.subset_ids} for'
+            f' {known} in training'
+        )
     return dataset if config.subset_ids is None else subset(dataset, config.subset_ids)
 
+
 def check_listed(dataset):
-    "FileNotFoundError if the lists of a data set name files that do not exist: before a run begins, not in its middle."
+    """FileNotFoundError if the lists of a data set name files that do not exist: before a run begins, not
+    in its middle."""
     paths = [p for split in (dataset.train, dataset.query, dataset.gallery) for p in split.paths]
     missing = [p for p in paths if not os.path.isfile(p)]
     if missing:
-        raise FileNotFoundError(f'every image that a list names must be a file; {len(missing):,} are not, '
-                                f'the first of them {missing[0]}. Was the archive unpacked whole?')
+        raise FileNotFoundError(
+            f'every image that a list names must be a file; {len(missing):,} are not, the first of them'
+            f' {missing[0]}. Was the archive unpacked whole?'
+        )
 
 # %% ../nbs/08f_epoch.ipynb #c53f03c1
 def make_network(config: Config):  # its `NetworkSettings`, size and seed
-    "The network that the settings name; random weights follow the seed and leave torch's own generator alone."
+    """The network that the settings name; random weights follow the seed and leave torch's own generator
+    alone."""
     weights = None if config.resnet_pretrained == 'none' else config.resnet_pretrained
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(config.seed, 0, 'weights'))
-        return build_backbone(config.arch, weights=weights, pooling=config.pooling_type,
-                              allow_partial=config.allow_partial, size=(config.height, config.width),
-                              freeze_patches=config.freeze_patches)
+        return build_backbone(
+            config.arch,
+            weights=weights,
+            pooling=config.pooling_type,
+            allow_partial=config.allow_partial,
+            size=(config.height, config.width),
+            freeze_patches=config.freeze_patches,
+        )
 
 # %% ../nbs/08f_epoch.ipynb #594fa903
-def label_free(x,  # (N, D) embeddings
-               labels: PseudoLabels,  # of them
-               most: int = 2000,  # members looked at for the silhouette
-              ) -> dict:  # confidence in [0, 1], silhouette in [-1, 1]; NaN if there is nothing to say
+def label_free(
+    x,  # (N, D) embeddings
+    labels: PseudoLabels,  # of them
+    most: int = 2000,  # members looked at for the silhouette
+) -> dict:  # confidence in [0, 1], silhouette in [-1, 1]; NaN if there is nothing to say
     "How sure the labels are and how far apart the clusters, without any truth."
     from sklearn.metrics import silhouette_score
+
     members = np.flatnonzero(labels.labels >= 0)
     some = members[sample_points(len(members), most)]
     apart = 1 < len(np.unique(labels.labels[some])) < len(some)
-    return dict(confidence=float(labels.confidence[members].mean()) if len(members) else float('nan'),
-                silhouette=float(silhouette_score(x[some], labels.labels[some])) if apart else float('nan'))
+    return dict(
+        confidence=float(labels.confidence[members].mean()) if len(members) else float('nan'),
+        silhouette=float(silhouette_score(x[some], labels.labels[some])) if apart else float('nan'),
+    )
 
 # %% ../nbs/08f_epoch.ipynb #ea3c0d64
-def check_clusters(labels: PseudoLabels,
-                   config: Config):  # `batch_size`, `num_instances`, `clustering`
-    "ValueError if there are no two clusters to contrast; a warning if there are fewer than a batch has places."
+def check_clusters(labels: PseudoLabels, config: Config):  # `batch_size`, `num_instances`, `clustering`
+    """ValueError if there are no two clusters to contrast; a warning if there are fewer than a batch has
+    places."""
     n, places = labels.n_clusters, config.batch_size // config.num_instances
     if n < 2:
-        raise ValueError(f'an epoch needs two clusters to contrast, got {n} among {len(labels.labels)} images '
-                         f'({labels.n_outliers} outliers). A larger dbscan_eps, a smaller cluster_min_instances or '
-                         'another num_clusters finds more; embeddings that are all alike have none')
+        raise ValueError(
+            f'an epoch needs two clusters to contrast, got {n} among {len(labels.labels)} images'
+            f' ({labels.n_outliers} outliers). A larger dbscan_eps, a smaller cluster_min_instances or'
+            ' another num_clusters finds more; embeddings that are all alike have none'
+        )
     if n < places:
-        warnings.warn(f'a batch has {places} places for clusters and there are {n}: each is drawn several times')
+        warnings.warn(
+            f'a batch has {places} places for clusters and there are {n}: each is drawn several times'
+        )
 
 # %% ../nbs/08f_epoch.ipynb #22e4a4f1
-def augment_batch(images,      # (N, 3, H, W) uint8, all of them
-                  batch,       # positions of this process's part of a batch
-                  generators,  # one torch.Generator a chunk
-                  device,      # where to augment
-                  augment=augment):  # (images uint8, generator) -> float32 of the same shape
+def augment_batch(
+    images,  # (N, 3, H, W) uint8, all of them
+    batch,  # positions of this process's part of a batch
+    generators,  # one torch.Generator a chunk
+    device,  # where to augment
+    augment=augment,  # (images uint8, generator) -> float32 of the same shape
+):
     "This process's part of a batch, augmented chunk by chunk: (B, 3, H, W) float32 on `device`."
     chunks = [fetch_images(images, c, device) for c in np.split(batch, len(generators))]
     return torch.cat([check_augmented(augment(c, g), c.shape) for c, g in zip(chunks, generators)])
 
 # %% ../nbs/08f_epoch.ipynb #a98c71ce
-def gather_batch(z,       # (B / P, D) embeddings of this process, with gradient
-                 engine,  # Accelerator of P processes
-                ):        # (B, D)
+def gather_batch(
+    z,  # (B / P, D) embeddings of this process, with gradient
+    engine,  # Accelerator of P processes
+):  # (B, D)
     "Embeddings of the whole batch in its order; gradient reaches this process's own part alone."
-    if engine.num_processes == 1: return z
+    if engine.num_processes == 1:
+        return z
     parts = list(engine.gather(z.detach()).chunk(engine.num_processes))
     parts[engine.process_index] = z
     return torch.cat(parts)  # P x (B / P, D) -> (B, D)
 
 # %% ../nbs/08f_epoch.ipynb #07dacbc5
-def train_step(embed,      # images -> (B / P, D), e.g. `Chunked`, perhaps wrapped for several processes
-               memory,     # `ClusterMemory`, or another module with `forward` and `update`
-               optimizer,  # of the network
-               images,     # this process's part of the batch, augmented
-               y,          # (B,) clusters of the whole batch
-               camids,     # (B,) cameras of the whole batch
-               engine,     # Accelerator
-               extra=None,  # z -> scalar, added to the memory's loss
-              ) -> torch.Tensor:  # the loss before the step, detached
+def train_step(
+    embed,  # images -> (B / P, D), e.g. `Chunked`, perhaps wrapped for several processes
+    memory,  # `ClusterMemory`, or another module with `forward` and `update`
+    optimizer,  # of the network
+    images,  # this process's part of the batch, augmented
+    y,  # (B,) clusters of the whole batch
+    camids,  # (B,) cameras of the whole batch
+    engine,  # Accelerator
+    extra=None,  # z -> scalar, added to the memory's loss
+) -> torch.Tensor:  # the loss before the step, detached
     "Embed, compare with the memory, step, update the memory."
     z = gather_batch(embed(images), engine)
     loss = check_loss(memory(z, y, camids), 'memory')
-    if extra is not None: loss = loss + check_loss(extra(z))
+    if extra is not None:
+        loss = loss + check_loss(extra(z))
     optimizer.zero_grad(set_to_none=True)
     engine.backward(loss * engine.num_processes)
     optimizer.step()
-    with torch.no_grad(): memory.update(z.detach(), y, camids)
+    with torch.no_grad():
+        memory.update(z.detach(), y, camids)
     return loss.detach()
 
 # %% ../nbs/08f_epoch.ipynb #2ff844b3
-def make_optimizer(net: nn.Module,  # frozen parameters are left out
-                   config: Config):  # `optimizer`, `lr`, `lr_weight_decay`
-    "Adam or SGD with the weight decay in the gradient (Adam as published), or AdamW, which shrinks weight matrices alone."
+def make_optimizer(
+    net: nn.Module,  # frozen parameters are left out
+    config: Config,  # `optimizer`, `lr`, `lr_weight_decay`
+):
+    """Adam or SGD with the weight decay in the gradient (Adam as published), or AdamW, which shrinks
+    weight matrices alone."""
     trainable = {n: p for n, p in net.named_parameters() if p.requires_grad}
-    options = dict(lr=config.lr, weight_decay=config.lr_weight_decay, fused=next(iter(trainable.values())).is_cuda)
-    if config.optimizer == 'sgd': return torch.optim.SGD(trainable.values(), momentum=.9, **options)
-    if config.optimizer == 'adam': return torch.optim.Adam(trainable.values(), **options)
-    groups = [dict(params=[p for n, p in trainable.items() if decays(n, p)]),
-              dict(params=[p for n, p in trainable.items() if not decays(n, p)], weight_decay=0.)]
+    options = dict(
+        lr=config.lr, weight_decay=config.lr_weight_decay, fused=next(iter(trainable.values())).is_cuda
+    )
+    if config.optimizer == 'sgd':
+        return torch.optim.SGD(trainable.values(), momentum=0.9, **options)
+    if config.optimizer == 'adam':
+        return torch.optim.Adam(trainable.values(), **options)
+    groups = [
+        dict(params=[p for n, p in trainable.items() if decays(n, p)]),
+        dict(params=[p for n, p in trainable.items() if not decays(n, p)], weight_decay=0.0),
+    ]
     return torch.optim.AdamW([g for g in groups if g['params']], **options)
+
 
 def decays(name: str, p: nn.Parameter) -> bool:
     "Whether AdamW shrinks a parameter: not norms, biases, tokens, position embeddings and GeM's power."
     return p.ndim > 1 and not name.rsplit('.', 1)[-1].endswith(('token', 'pos_embed'))
 
 # %% ../nbs/08f_epoch.ipynb #f476fc58
-def ranking_ids(query, gallery,  # splits: paths, pids, camids
-                cross_camera: bool = True,  # skip gallery images of the query's person in the query's camera
-               ) -> tuple:  # pids of queries and gallery, camids of queries and gallery
-    "Numbers for the evaluation: an unknown person has no match; an unknown camera, or one that does not count, is a camera of one file."
+def ranking_ids(
+    query,
+    gallery,  # splits: paths, pids, camids
+    cross_camera: bool = True,  # skip gallery images of the query's person in the query's camera
+) -> tuple:  # pids of queries and gallery, camids of queries and gallery
+    """Numbers for the evaluation: an unknown person has no match; an unknown camera, or one that does not
+    count, is a camera of one file."""
     own = np.unique(np.concatenate([query.paths, gallery.paths]), return_inverse=True)[1].ravel()
     camids = np.concatenate([query.camids, gallery.camids])
     camids = np.where((camids >= 0) & cross_camera, camids, camids.max(initial=0) + 1 + own)
     return np.where(query.pids < 0, -2, query.pids), gallery.pids, *np.split(camids, [len(query)])
 
 # %% ../nbs/08f_epoch.ipynb #bcb03060
-REASONS = ('it has a match', 'its person is unknown', 'its person is not in the gallery',
-           'its person is in the gallery in its own camera alone')
+REASONS = (
+    'it has a match',
+    'its person is unknown',
+    'its person is not in the gallery',
+    'its person is in the gallery in its own camera alone',
+)
 
-def why_no_match(query, gallery,  # splits: paths, pids, camids
-                 cross_camera: bool = True,  # as of `ranking_ids`
-                ) -> np.ndarray:  # (Q,) positions in `REASONS`; 0: a match
+
+def why_no_match(
+    query,
+    gallery,  # splits: paths, pids, camids
+    cross_camera: bool = True,  # as of `ranking_ids`
+) -> np.ndarray:  # (Q,) positions in `REASONS`; 0: a match
     "Why each query has no match in the gallery, or that it has one."
+
     def count(values, among):
         "How often each value is among others."
         ordered = np.sort(among)
         return np.searchsorted(ordered, values, 'right') - np.searchsorted(ordered, values)
+
     q_pids, g_pids, q_camids, g_camids = ranking_ids(query, gallery, cross_camera)
     cameras = 1 + max(q_camids.max(initial=0), g_camids.max(initial=0))
     anywhere = count(q_pids, g_pids)
@@ -176,15 +238,21 @@ def why_no_match(query, gallery,  # splits: paths, pids, camids
     return np.select([q_pids < 0, anywhere == 0, anywhere == same_camera], [1, 2, 3], 0)
 
 # %% ../nbs/08f_epoch.ipynb #e408dd6f
-def rank_gallery(q, g,             # embeddings of queries and gallery, unit norm
-                 query, gallery,   # their splits: paths, pids, camids
-                 dist='none',      # `eval_dist`: none (squared Euclidean), Euclidean, Cosine
-                 reranked=False,   # k-reciprocal re-ranking
-                 cross_camera=True):  # as of `ranking_ids`
+def rank_gallery(
+    q,
+    g,  # embeddings of queries and gallery, unit norm
+    query,
+    gallery,  # their splits: paths, pids, camids
+    dist='none',  # `eval_dist`: none (squared Euclidean), Euclidean, Cosine
+    reranked=False,  # k-reciprocal re-ranking
+    cross_camera=True,  # as of `ranking_ids`
+):
     "The `Ranking` of the gallery for each query."
     ids = ranking_ids(query, gallery, cross_camera)
-    if not reranked: return evaluate_embeddings(q, g, *ids)        # on the unit sphere the three distances rank alike
-    if dist != 'Euclidean': return evaluate_ranking(rerank_features(q, g), *ids)   # cosine is half of squared Euclidean
+    if not reranked:
+        return evaluate_embeddings(q, g, *ids)  # on the unit sphere the three distances rank alike
+    if dist != 'Euclidean':
+        return evaluate_ranking(rerank_features(q, g), *ids)  # cosine is half of squared Euclidean
     pairs = (q, g), (q, q), (g, g)
     return evaluate_ranking(rerank(*(np.sqrt(np.maximum(2 - 2 * a @ b.T, 0)) for a, b in pairs)), *ids)
 
@@ -193,43 +261,60 @@ def can_rank(dataset) -> bool:
     "Whether any query has a match in the gallery."
     return len(dataset.query) > 0 and not why_no_match(dataset.query, dataset.gallery).all()
 
+
 def check_size(config: Config, train):  # `clustering`, `num_clusters`; training split
     "ValueError if HDC or k-means is asked for more clusters than there are images."
     if config.clustering != 'dbscan' and config.num_clusters > len(train):
-        raise ValueError('num_clusters must not exceed the number of training images, '
-                         f'got {config.num_clusters} for {len(train)}; give about the number of people you expect, '
-                         'or use clustering dbscan, which needs none')
+        raise ValueError(
+            f'num_clusters must not exceed the number of training images, got {config.num_clusters} for'
+            f' {len(train)}; give about the number of people you expect, or use clustering dbscan, which'
+            ' needs none'
+        )
 
 # %% ../nbs/08f_epoch.ipynb #59926d2a
 def try_network(net: nn.Module, config: Config, device):  # `arch`, `height`, `width`
-    "Embeds two grey images, so that a network that does not take this size is refused before there is a run folder."
+    """Embeds two grey images, so that a network that does not take this size is refused before there is a
+    run folder."""
     size = f'arch={config.arch}, height={config.height}, width={config.width}'
     was_training = net.training
     images = torch.full((2, 3, config.height, config.width), 128, dtype=torch.uint8, device=device)
     try:
-        with torch.no_grad(): z = net.eval()(normalize(images))
+        with torch.no_grad():
+            z = net.eval()(normalize(images))
     except Exception as e:
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise ValueError(f'the network must take images of this size, got {size}: {reason}') from e
-    finally: net.train(was_training)
+    finally:
+        net.train(was_training)
     if z.ndim != 2 or len(z) != 2:
-        raise ValueError('the network must give an embedding (B, D) for each image, '
-                         f'got shape {tuple(z.shape)} for 2 images and {size}')
+        raise ValueError(
+            f'the network must give an embedding (B, D) for each image, got shape {tuple(z.shape)} for 2'
+            f' images and {size}'
+        )
+
 
 def fallbacks(dataset) -> list:  # lines of text; none for a benchmark
     "What training does without, and what instead."
     train, lines = dataset.train, list(dataset.notes)
-    if not train.has_camids: lines.append('no cameras: batches, memory and loss weights treat all images as from one camera')
-    elif (train.camids < 0).any(): lines.append(f'{(train.camids < 0).sum()} images without a camera count as one camera more')
+    if not train.has_camids:
+        lines.append('no cameras: batches, memory and loss weights treat all images as from one camera')
+    elif (train.camids < 0).any():
+        lines.append(f'{(train.camids < 0).sum()} images without a camera count as one camera more')
     known = (train.pids >= 0).sum()
-    if known < len(train): lines.append(f'identities of {known} of {len(train)} training images are known: no NMI; read churn and silhouette')
-    if not can_rank(dataset): lines.append('no query has a match in a gallery: no mAP')
+    if known < len(train):
+        lines.append(
+            f'identities of {known} of {len(train)} training images are known: no NMI; read churn and'
+            ' silhouette'
+        )
+    if not can_rank(dataset):
+        lines.append('no query has a match in a gallery: no mAP')
     return lines
 
 # %% ../nbs/08f_epoch.ipynb #e366bdc0
 @dataclass
 class UnderWay:
     "An epoch that has begun, and how far it is."
+
     epoch: int  # counted from 0
     labels: PseudoLabels  # it trains on
     previous: PseudoLabels | None  # of the epoch before
@@ -240,6 +325,7 @@ class UnderWay:
 @dataclass
 class RunState:
     "What the rest of a run depends on; a checkpoint holds this and nothing else."
+
     net: nn.Module
     optimizer: torch.optim.Optimizer
     epoch: int = 0  # epochs finished
@@ -261,87 +347,127 @@ class RunState:
         self.memory, self.labels, self.epoch = u.memory, u.labels, u.epoch + 1
 
 # %% ../nbs/08f_epoch.ipynb #2c5b2ee2
-def checkpoint_content(state: RunState,
-                       config: Config,  # kept beside it: a checkpoint is of no use under other settings
-                       partial: bool = False,  # in the middle of the epoch under way
-                      ) -> dict:  # what `restore_state` takes
+def checkpoint_content(
+    state: RunState,
+    config: Config,  # kept beside it: a checkpoint is of no use under other settings
+    partial: bool = False,  # in the middle of the epoch under way
+) -> dict:  # what `restore_state` takes
     "A run's state as tensors and plain values."
     u = state.under_way
-    content = dict(network=state.net.state_dict(), optimizer=state.optimizer.state_dict(), settings=asdict(config))
+    content = dict(
+        network=state.net.state_dict(), optimizer=state.optimizer.state_dict(), settings=asdict(config)
+    )
     labels, memory = (u.labels, u.memory) if partial else (state.labels, state.memory)
-    content |= dict(labels=torch.as_tensor(labels.labels), confidence=torch.as_tensor(labels.confidence),
-                    memory=memory.centroids.detach(), memory_state=memory.state_dict())
-    if not partial: return content | dict(epoch=state.epoch, step=0)
-    return content | dict(epoch=u.epoch, step=len(u.losses), losses=u.losses, x=torch.from_numpy(state.x), seconds=state.seconds)
+    content |= dict(
+        labels=torch.as_tensor(labels.labels),
+        confidence=torch.as_tensor(labels.confidence),
+        memory=memory.centroids.detach(),
+        memory_state=memory.state_dict(),
+    )
+    if not partial:
+        return content | dict(epoch=state.epoch, step=0)
+    return content | dict(
+        epoch=u.epoch, step=len(u.losses), losses=u.losses, x=torch.from_numpy(state.x), seconds=state.seconds
+    )
 
-def restore_state(state: RunState,  # taken over in place
-                  content: dict,  # of `checkpoint_content`
-                  config: Config,  # of the run
-                  make_memory,  # `PseudoLabels` -> memory
-                  previous: PseudoLabels | None = None):  # labels of the epoch before the one in the checkpoint
+
+def restore_state(
+    state: RunState,  # taken over in place
+    content: dict,  # of `checkpoint_content`
+    config: Config,  # of the run
+    make_memory,  # `PseudoLabels` -> memory
+    previous: PseudoLabels | None = None,  # labels of the epoch before the one in the checkpoint
+):
     "Takes a state over; ValueError if it belongs to other settings, another network or another memory."
     check_same(content['settings'], config)
     _load(state.net, content['network'], 'network')
     fused = [group.get('fused') for group in state.optimizer.param_groups]
     _load(state.optimizer, content['optimizer'], 'optimiser')
-    for group, own in zip(state.optimizer.param_groups, fused): group['fused'] = own    # of this device, not of the one that saved
+    for group, own in zip(state.optimizer.param_groups, fused):
+        group['fused'] = own  # of this device, not of the one that saved
     state.epoch, state.labels = content['epoch'], previous
-    if 'memory' not in content: return                  # written by an earlier version
-    labels = PseudoLabels(content['labels'].numpy(), content['confidence'].numpy(), content['memory'].cpu().numpy())
+    if 'memory' not in content:
+        return  # written by an earlier version
+    labels = PseudoLabels(
+        content['labels'].numpy(), content['confidence'].numpy(), content['memory'].cpu().numpy()
+    )
     memory = make_memory(labels)
-    _load(memory, content.get('memory_state', dict(centroids=content['memory'])), 'memory')   # bit for bit, not scaled once more
-    if not content.get('step', 0): state.labels, state.memory = labels, memory
+    # bit for bit, not scaled once more
+    _load(memory, content.get('memory_state', dict(centroids=content['memory'])), 'memory')
+    if not content.get('step', 0):
+        state.labels, state.memory = labels, memory
     else:
         state.under_way = UnderWay(state.epoch, labels, previous, memory, content['losses'])
         state.x, state.seconds = content['x'].numpy(), content['seconds']
 
+
 def _load(target, content, name):
     "`load_state_dict` with an error that says what did not fit."
-    try: target.load_state_dict(content)
+    try:
+        target.load_state_dict(content)
     except (RuntimeError, ValueError, KeyError) as e:
         lines = [line.strip() for line in str(e).splitlines() if line.strip()]
-        raise ValueError(f'a checkpoint can only be loaded into the {name} it was made of, got {" ".join(lines[:2])[:200]}') from e
+        raise ValueError(
+            f'a checkpoint can only be loaded into the {name} it was made of, got {" ".join(lines[:2])[:200]}'
+        ) from e
 
 # %% ../nbs/08f_epoch.ipynb #4f69bf1f
 class BadBatch(ValueError):
     "A training step that cannot be right; `.content` has the batch, ready to be saved."
-    def __init__(self, reason: str,  # what is wrong
-                 **content):  # epoch, step, positions, images, …
+
+    def __init__(
+        self,
+        reason: str,  # what is wrong
+        **content,  # epoch, step, positions, images, …
+    ):
         super().__init__(f'epoch {content["epoch"] + 1}, step {content["step"] + 1}: {reason}')
         self.content = content
 
 # %% ../nbs/08f_epoch.ipynb #1f48bc7a
 def cache_folder(config: Config) -> Path | None:  # `image_cache`
     "Where decoded images are kept on disk; None: nowhere."
-    if config.image_cache == 'none': return None
+    if config.image_cache == 'none':
+        return None
     own = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache') / 'ccc' / 'images'
     return (own if config.image_cache == 'auto' else Path(config.image_cache)).expanduser()
 
 # %% ../nbs/08f_epoch.ipynb #3def6772
 class Images:
     "The images of a data set, each split decoded once and held where there is room."
+
     def __init__(self, dataset, config: Config, engine):
         self.dataset, self.config, self.engine, self.decoded = dataset, config, engine, {}
 
     def __call__(self, split: str = 'train') -> torch.Tensor:  # (N, 3, H, W) uint8
         "The images of a split, on the device or in host memory, as `place_images` says."
-        if split not in self.decoded: self.decoded[split] = self.place(split, self.decode(split))
+        if split not in self.decoded:
+            self.decoded[split] = self.place(split, self.decode(split))
         return self.decoded[split]
 
     def decode(self, split: str) -> torch.Tensor:  # in host memory
         "Reads the files; the first process of each machine decodes, the others find its cache filled."
         c, e = self.config, self.engine
         with e.local_main_process_first():
-            return load_images(getattr(self.dataset, split), c.height, c.width, c.num_workers,
-                               e.is_main_process and sys.stderr.isatty(), cache_folder(c))
+            return load_images(
+                getattr(self.dataset, split),
+                c.height,
+                c.width,
+                c.num_workers,
+                e.is_main_process and sys.stderr.isatty(),
+                cache_folder(c),
+            )
 
     def place(self, split: str, images: torch.Tensor) -> torch.Tensor:
         "Moves decoded images where they stay."
         c, device = self.config, self.engine.device
-        sizes = {s: len(getattr(self.dataset, s)) * 3 * c.height * c.width for s in ('train', 'gallery', 'query')}
+        sizes = {
+            s: len(getattr(self.dataset, s)) * 3 * c.height * c.width for s in ('train', 'gallery', 'query')
+        }
         free = None
         if device.type == 'cuda':
-            free = torch.cuda.mem_get_info(device)[0] + sum(i.nbytes for i in self.decoded.values() if i.is_cuda)
+            free = torch.cuda.mem_get_info(device)[0] + sum(
+                i.nbytes for i in self.decoded.values() if i.is_cuda
+            )
         return settle_images(images, place_images(sizes, free, c.image_store)[split], device)
 
 # %% ../nbs/08f_epoch.ipynb #d0c92233
@@ -349,9 +475,13 @@ def _share(a, engine):
     "The part of an array that belongs to this process."
     return np.split(a, engine.num_processes)[engine.process_index]
 
+
 def scores(ranking) -> dict:  # `Ranking`
     "What a row keeps of an evaluation."
-    return dict(mAP=ranking.mAP, mINP=ranking.mINP) | {f'rank{k}': c for k, c in enumerate(ranking.cmc, 1) if k in (1, 5, 10)}
+    return dict(mAP=ranking.mAP, mINP=ranking.mINP) | {
+        f'rank{k}': c for k, c in enumerate(ranking.cmc, 1) if k in (1, 5, 10)
+    }
+
 
 def plain_row(row: dict) -> dict:
     "Numbers as JSON has them; None for NaN."
@@ -360,12 +490,18 @@ def plain_row(row: dict) -> dict:
 
 # %% ../nbs/08f_epoch.ipynb #4cf0c0fe
 class Epoch:
-    "The four stages of an epoch and what they work with. It writes no file, hears no signal and prints nothing."
-    def __init__(self,
-                 config: Config,  # all settings
-                 dataset=None,  # `ReIDDataset`; None: the one the settings name
-                 net: nn.Module | None = None,  # images (B, 3, H, W) -> unit-norm (B, D); None: the one the settings name
-                 parts: Parts = Parts()):  # what is exchanged
+    """The four stages of an epoch and what they work with. It writes no file, hears no signal and prints
+    nothing."""
+
+    def __init__(
+        self,
+        config: Config,  # all settings
+        dataset=None,  # `ReIDDataset`; None: the one the settings name
+        net: (
+            nn.Module | None
+        ) = None,  # images (B, 3, H, W) -> unit-norm (B, D); None: the one the settings name
+        parts: Parts = Parts(),  # what is exchanged
+    ):
         config.check()
         self.config, self.engine = config, make_engine(config)
         self.dataset = open_dataset(config) if dataset is None else dataset
@@ -390,22 +526,30 @@ class Epoch:
     def extract(self, split='train') -> np.ndarray:  # (N, D) float32, unit norm
         "Embeddings of a split."
         if split not in self.images.decoded:
-            with self.timed('decode'): self.images(split)
+            with self.timed('decode'):
+                self.images(split)
         images = self.images(split)
-        if self.engine.num_processes > 1:       # data-parallel training keeps the running statistics of process 0 alone
+        # data-parallel training keeps the running statistics of process 0 alone
+        if self.engine.num_processes > 1:
             from accelerate.utils import broadcast
+
             broadcast(list(self.net.buffers()))
         with self.timed('extract' if split == 'train' else 'evaluate'):
             return extract_embeddings(self.net, images, self.config.batch_size, self.engine)
 
     def make_labels(self, x) -> PseudoLabels:  # embeddings (N, D) of the training images
         "Pseudo-labels by this epoch's label maker, made by the first process for all."
+
         def make():
             epoch, device = self.state.epoch, self.engine.device
-            data = x if device.type == 'cpu' else torch.from_numpy(x).to(device)    # the label step runs where embeddings are
-            with self.timed('graph'): graph = self.label_maker.graph(data, epoch)
-            with self.timed('cluster'): made = self.label_maker(data, graph, self.dataset.train.camids, epoch)
+            # the label step runs where embeddings are
+            data = x if device.type == 'cpu' else torch.from_numpy(x).to(device)
+            with self.timed('graph'):
+                graph = self.label_maker.graph(data, epoch)
+            with self.timed('cluster'):
+                made = self.label_maker(data, graph, self.dataset.train.camids, epoch)
             return check_labels(made, x)
+
         return from_main(self.engine, make)
 
     def make_memory(self, labels: PseudoLabels) -> nn.Module:
@@ -418,7 +562,8 @@ class Epoch:
         if not state.is_stopped or state.under_way.labels is not labels:
             check_clusters(labels, self.config)
             state.under_way = UnderWay(state.epoch, labels, state.labels, self.make_memory(labels))
-        for group in self.optimizer.param_groups: group['lr'] = learning_rate(self.config, state.epoch)
+        for group in self.optimizer.param_groups:
+            group['lr'] = learning_rate(self.config, state.epoch)
         self.net.train()
         return state.under_way
 
@@ -428,47 +573,85 @@ class Epoch:
         drawn = self.sampler(labels.labels, self.dataset.train.camids, c, epoch)
         step = 0
         for step, batch in enumerate(islice(drawn, c.iters), 1):
-            if step > first: yield step - 1, check_batch(batch, labels.labels, c)
-        if step < c.iters: raise ValueError(f'sampler must give iters={c.iters} batches in an epoch, got {step}')
+            if step > first:
+                yield step - 1, check_batch(batch, labels.labels, c)
+        if step < c.iters:
+            raise ValueError(f'sampler must give iters={c.iters} batches in an epoch, got {step}')
 
     def train_batch(self, step: int, batch: np.ndarray) -> float:  # positions of the whole batch -> the loss
         "One step on one batch; everything random in it depends on seed, epoch, step and chunk alone."
         c, e, u = self.config, self.engine, self.state.under_way
         share = partial(_share, engine=e)
-        seeds = [seed_for(c.seed, u.epoch, 'augment', step, chunk) for chunk in share(np.arange(c.bn_chunks)).tolist()]
-        torch.manual_seed(seed_for(c.seed, u.epoch, 'torch', step, e.process_index))   # for drop-out in networks that have it
-        y, camids = (torch.as_tensor(a[batch], dtype=torch.int64).to(e.device) for a in (u.labels.labels, self.dataset.train.camids))
-        images = augment_batch(self.images(), share(batch), [torch.Generator().manual_seed(s) for s in seeds], e.device, self.augment)
+        seeds = [
+            seed_for(c.seed, u.epoch, 'augment', step, chunk)
+            for chunk in share(np.arange(c.bn_chunks)).tolist()
+        ]
+        # for drop-out in networks that have it
+        torch.manual_seed(seed_for(c.seed, u.epoch, 'torch', step, e.process_index))
+        y, camids = (
+            torch.as_tensor(a[batch], dtype=torch.int64).to(e.device)
+            for a in (u.labels.labels, self.dataset.train.camids)
+        )
+        images = augment_batch(
+            self.images(),
+            share(batch),
+            [torch.Generator().manual_seed(s) for s in seeds],
+            e.device,
+            self.augment,
+        )
         extra = None if self.loss is None else lambda z: self.loss(z, y, camids, batch)
         try:
             loss = float(train_step(self.embed, u.memory, self.optimizer, images, y, camids, e, extra))
-            if not np.isfinite(loss): raise ValueError(f'the loss must be a finite number, got {loss}')
-            if step + 1 == c.iters and not torch.stack([p.isfinite().all() for p in self.net.parameters()]).all():
+            if not np.isfinite(loss):
+                raise ValueError(f'the loss must be a finite number, got {loss}')
+            if (
+                step + 1 == c.iters
+                and not torch.stack([p.isfinite().all() for p in self.net.parameters()]).all()
+            ):
                 raise ValueError('the weights must be finite after the last step, and are not')
-        except ValueError as error:                 # also the memory's, for embeddings that are not finite
-            reason = str(error) if images.isfinite().all() else f'augment must give finite numbers, and did not; {error}'
-            raise BadBatch(reason, epoch=u.epoch, step=step, positions=torch.from_numpy(batch), images=images.cpu(),
-                           labels=y.cpu(), camids=camids.cpu()) from error
+        except ValueError as error:  # also the memory's, for embeddings that are not finite
+            reason = (
+                str(error)
+                if images.isfinite().all()
+                else f'augment must give finite numbers, and did not; {error}'
+            )
+            raise BadBatch(
+                reason,
+                epoch=u.epoch,
+                step=step,
+                positions=torch.from_numpy(batch),
+                images=images.cpu(),
+                labels=y.cpu(),
+                camids=camids.cpu(),
+            ) from error
         return loss
 
-    def train(self, labels: PseudoLabels,
-              after_step=None,  # called after each step
-             ) -> dict:  # mean loss, learning rate, speed
-        "`iters` steps on a fresh memory, or the rest of an epoch that was stopped; then the epoch counts as finished."
+    def train(
+        self,
+        labels: PseudoLabels,
+        after_step=None,  # called after each step
+    ) -> dict:  # mean loss, learning rate, speed
+        """`iters` steps on a fresh memory, or the rest of an epoch that was stopped; then the epoch counts
+        as finished."""
         u, start = self.begin(labels), time.perf_counter()
         first = len(u.losses)
         with self.timed('train'):
             for step, batch in self.batches(labels, first):
                 u.losses.append(self.train_batch(step, batch))
-                if after_step is not None: after_step()
+                if after_step is not None:
+                    after_step()
         self.state.finish()
         images = (len(u.losses) - first) * self.config.batch_size
-        return dict(loss=float(np.mean(u.losses)), lr=learning_rate(self.config, u.epoch),
-                    speed=self.speed(images, time.perf_counter() - start))
+        return dict(
+            loss=float(np.mean(u.losses)),
+            lr=learning_rate(self.config, u.epoch),
+            speed=self.speed(images, time.perf_counter() - start),
+        )
 
     def speed(self, images: int, seconds: float) -> dict:  # images_per_second, peak_share
         "Images trained on in a second, and the share of what the devices can do."
-        if not hasattr(self, '_flops'): self._flops = training_flops(self.net, self.config.height, self.config.width)
+        if not hasattr(self, '_flops'):
+            self._flops = training_flops(self.net, self.config.height, self.config.width)
         peak = measured_peak(self.engine.device, arithmetic(self.config, self.engine.device)['precision'])
         return speed(images, seconds, self._flops, peak * self.engine.num_processes)
 
@@ -484,23 +667,30 @@ class Epoch:
         "mAP and CMC of the queries against the gallery; ValueError if no query has a match."
         query, gallery, c = self.dataset.query, self.dataset.gallery, self.config
         if not can_rank(self.dataset):
-            raise ValueError('an evaluation needs a query with a match in the gallery, '
-                             f'got none among {len(query)} queries and {len(gallery)} gallery images')
+            raise ValueError(
+                f'an evaluation needs a query with a match in the gallery, got none among {len(query)}'
+                f' queries and {len(gallery)} gallery images'
+            )
         reranked = c.rerank if rerank is None else rerank
         q, g = self.extract('query'), self.extract('gallery')
         with self.timed('evaluate'):
             return from_main(self.engine, lambda: rank_gallery(q, g, query, gallery, c.eval_dist, reranked))
 
-    def step(self, train=None,  # labels -> dict; None: `train`, as it is
-            ) -> dict:  # a row of metrics.jsonl
-        "One epoch: extract, make labels, train, and evaluate when it is due. An epoch that was stopped is gone on with."
+    def step(
+        self,
+        train=None,  # labels -> dict; None: `train`, as it is
+    ) -> dict:  # a row of metrics.jsonl
+        """One epoch: extract, make labels, train, and evaluate when it is due. An epoch that was stopped
+        is gone on with."""
         state, epoch = self.state, self.state.epoch
-        if state.is_stopped: labels = state.under_way.labels
+        if state.is_stopped:
+            labels = state.under_way.labels
         else:
             state.seconds = {}
             state.x = self.extract()
             labels = self.make_labels(state.x)
         trained = (train or self.train)(labels)
         row = dict(epoch=epoch) | self.describe_labels() | trained
-        if evaluation_due(self.config, epoch) and can_rank(self.dataset): row |= scores(self.evaluate())
+        if evaluation_due(self.config, epoch) and can_rank(self.dataset):
+            row |= scores(self.evaluate())
         return plain_row(row) | dict(seconds={stage: round(s, 3) for stage, s in state.seconds.items()})

@@ -20,29 +20,44 @@ from .neighbors import checked_embeddings, encode, knn, progress
 @dataclass(frozen=True)
 class Ranking:
     "How well a gallery was ranked: fractions, percent only when printed."
-    mAP: float            # mean average precision
-    cmc: np.ndarray       # (max_rank,): cmc[k - 1] = Rank-k
-    mINP: float           # mean inverse negative penalty
-    n_valid: int          # queries with a match, over which the means are taken
-    n_query: int          # all queries
-    ap: np.ndarray = field(repr=False, default=None)          # (Q,) average precision; NaN where skipped
-    first_rank: np.ndarray = field(repr=False, default=None)  # (Q,) rank of the first match, from 1; 0 where skipped
-    inp: np.ndarray = field(repr=False, default=None)         # (Q,) inverse negative penalty; NaN where skipped
+
+    mAP: float  # mean average precision
+    cmc: np.ndarray  # (max_rank,): cmc[k - 1] = Rank-k
+    mINP: float  # mean inverse negative penalty
+    n_valid: int  # queries with a match, over which the means are taken
+    n_query: int  # all queries
+    ap: np.ndarray = field(repr=False, default=None)  # (Q,) average precision; NaN where skipped
+    # (Q,) rank of the first match, from 1; 0 where skipped
+    first_rank: np.ndarray = field(repr=False, default=None)
+    inp: np.ndarray = field(repr=False, default=None)  # (Q,) inverse negative penalty; NaN where skipped
 
     def __str__(self):
         ranks = ' '.join(f'Rank-{k} {self.cmc[k - 1]:.1%}' for k in (1, 5, 10) if k <= len(self.cmc))
-        return f'mAP {self.mAP:.1%} {ranks} mINP {self.mINP:.1%} ({self.n_valid:,} of {self.n_query:,} queries)'
+        return (
+            f'mAP {self.mAP:.1%} {ranks} mINP {self.mINP:.1%} ({self.n_valid:,} of {self.n_query:,} queries)'
+        )
 
 # %% ../nbs/07_evaluation.ipynb #028c7347
 def _summarise(ap, first, last, found, max_rank):
     "A `Ranking` of what the kernel found for each query."
-    if (found < 0).any(): raise ValueError(f'distances must not be NaN; got NaN in the rows of {(found < 0).sum()} of {len(found)} queries')
+    if (found < 0).any():
+        raise ValueError(
+            f'distances must not be NaN; got NaN in the rows of {(found < 0).sum()} of {len(found)} queries'
+        )
     valid = found > 0
     if not valid.any():
-        raise ValueError(f'no query has a match: of {len(found)} queries none finds its pid in the gallery under another camid')
+        raise ValueError(
+            f'no query has a match: of {len(found)} queries none finds its pid in the gallery under another'
+            ' camid'
+        )
     inp = np.divide(found, last, out=np.full(len(ap), np.nan), where=valid)
-    cmc = np.bincount(np.minimum(first[valid], max_rank + 1), minlength=max_rank + 2)[1:-1].cumsum() / valid.sum()
-    return Ranking(float(ap[valid].mean()), cmc, float(inp[valid].mean()), int(valid.sum()), len(ap), ap, first, inp)
+    cmc = (
+        np.bincount(np.minimum(first[valid], max_rank + 1), minlength=max_rank + 2)[1:-1].cumsum()
+        / valid.sum()
+    )
+    return Ranking(
+        float(ap[valid].mean()), cmc, float(inp[valid].mean()), int(valid.sum()), len(ap), ap, first, inp
+    )
 
 # %% ../nbs/07_evaluation.ipynb #13dbe674
 UNKNOWN = -1  # pid of a person nobody has named
@@ -52,61 +67,114 @@ def _array(a, dtype=None):
     "NumPy array of an array, a list or a tensor on any device; float64 stays float64."
     return np.asarray(gate.as_numpy(a), dtype)
 
+
 def _exact(name, a):
-    "Whole numbers as int64; ValueError where one is a fraction, missing, or beyond what its type holds exactly."
+    """Whole numbers as int64; ValueError where one is a fraction, missing, or beyond what its type holds
+    exactly."""
     if a.dtype.kind == 'f':
-        if not np.isfinite(a).all(): raise ValueError(f'{name} must not be missing; got {a[~np.isfinite(a)][0]} in {np.count_nonzero(~np.isfinite(a))} of {a.size} places')
-        if (a != np.trunc(a)).any(): raise ValueError(f'{name} must be whole numbers or names; got {a[a != np.trunc(a)][0]}')
+        if not np.isfinite(a).all():
+            raise ValueError(
+                f'{name} must not be missing; got {a[~np.isfinite(a)][0]} in'
+                f' {np.count_nonzero(~np.isfinite(a))} of {a.size} places'
+            )
+        if (a != np.trunc(a)).any():
+            raise ValueError(f'{name} must be whole numbers or names; got {a[a != np.trunc(a)][0]}')
         most = 2 ** (np.finfo(a.dtype).nmant + 1)
-        if (abs(a) > min(most, 2**53)).any(): raise ValueError(f'{name} must lie where {a.dtype} holds every whole number, within {min(most, 2**53)}; got {a[abs(a) > min(most, 2**53)][0]:.0f}')
-    elif a.dtype.kind == 'u' and a.size and a.max() > np.iinfo(np.int64).max: raise ValueError(f'{name} must fit int64; got {a.max()}')
+        if (abs(a) > min(most, 2**53)).any():
+            raise ValueError(
+                f'{name} must lie where {a.dtype} holds every whole number, within {min(most, 2**53)}; got'
+                f' {a[abs(a) > min(most, 2**53)][0]:.0f}'
+            )
+    elif a.dtype.kind == 'u' and a.size and a.max() > np.iinfo(np.int64).max:
+        raise ValueError(f'{name} must fit int64; got {a.max()}')
     return a.astype(np.int64)
 
+
 def _labels(name, a):
-    "One array of int64 or of str from what a person has: numbers, names, tensors, columns of a table; ValueError for any other."
+    """One array of int64 or of str from what a person has: numbers, names, tensors, columns of a table;
+    ValueError for any other."""
     low = getattr(getattr(a, 'dtype', None), 'itemsize', 8) == 2 and str(a.dtype) == 'torch.bfloat16'
-    if np.ma.is_masked(a): raise ValueError(f'{name} must not be missing; got masked values')
-    try: a = np.asarray(gate.as_numpy(a))
-    except (ValueError, TypeError) as e: raise ValueError(f'{name} must be one list of numbers or names; got {type(a).__name__}: {e}') from None
-    if a.dtype.kind == 'O': a = _of_objects(name, a)
-    if a.dtype.kind == 'S': a = np.char.decode(a, 'utf-8')
-    if a.dtype.kind in 'UT': return a.astype(str)
-    if not a.size: return a.astype(np.int64)
-    if a.dtype.kind not in 'iuf': raise ValueError(f'{name} must be whole numbers or names; got {a.dtype}')
-    if low and (abs(a) > 2**8).any(): raise ValueError(f'{name} must lie where bfloat16 holds every whole number, within 256; got {abs(a).max():.0f}')
+    if np.ma.is_masked(a):
+        raise ValueError(f'{name} must not be missing; got masked values')
+    try:
+        a = np.asarray(gate.as_numpy(a))
+    except (ValueError, TypeError) as e:
+        raise ValueError(
+            f'{name} must be one list of numbers or names; got {type(a).__name__}: {e}'
+        ) from None
+    if a.dtype.kind == 'O':
+        a = _of_objects(name, a)
+    if a.dtype.kind == 'S':
+        a = np.char.decode(a, 'utf-8')
+    if a.dtype.kind in 'UT':
+        return a.astype(str)
+    if not a.size:
+        return a.astype(np.int64)
+    if a.dtype.kind not in 'iuf':
+        raise ValueError(f'{name} must be whole numbers or names; got {a.dtype}')
+    if low and (abs(a) > 2**8).any():
+        raise ValueError(
+            f'{name} must lie where bfloat16 holds every whole number, within 256; got {abs(a).max():.0f}'
+        )
     return _exact(name, a)
+
 
 def _of_objects(name, a):
     "Python objects, all of them names or all of them numbers."
     values = a.ravel().tolist()
-    if all(isinstance(v, str) for v in values): return a.astype(str)
-    wrong = next((v for v in values if not isinstance(v, (int, float, np.integer, np.floating)) or isinstance(v, bool)), None)
-    if wrong is not None or None in values: raise ValueError(f'{name} must be whole numbers or names, all of one kind; got {wrong!r}')
-    beyond = next((v for v in values if isinstance(v, int) and not -2**63 <= v < 2**63), None)
-    if beyond is not None: raise ValueError(f'{name} must fit int64; got {beyond}')
-    if any(isinstance(v, (float, np.floating)) for v in values): return np.array(values, np.float64).reshape(a.shape)
+    if all(isinstance(v, str) for v in values):
+        return a.astype(str)
+    wrong = next(
+        (
+            v
+            for v in values
+            if not isinstance(v, (int, float, np.integer, np.floating)) or isinstance(v, bool)
+        ),
+        None,
+    )
+    if wrong is not None or None in values:
+        raise ValueError(f'{name} must be whole numbers or names, all of one kind; got {wrong!r}')
+    beyond = next((v for v in values if isinstance(v, int) and not -(2**63) <= v < 2**63), None)
+    if beyond is not None:
+        raise ValueError(f'{name} must fit int64; got {beyond}')
+    if any(isinstance(v, (float, np.floating)) for v in values):
+        return np.array(values, np.float64).reshape(a.shape)
     return np.array(values, np.int64).reshape(a.shape)
+
 
 def _ids(name, n_q, n_g, q, g):
     "Query's and gallery's labels as int64 of one numbering, (Q,) and (G,)."
     both = []
     for part, values, n in [('q_' + name, q, n_q), ('g_' + name, g, n_g)]:
         a = _labels(part, values)
-        if a.shape != (n,): raise ValueError(f'{part} must hold one id for each of {n} images; got shape {a.shape}')
+        if a.shape != (n,):
+            raise ValueError(f'{part} must hold one id for each of {n} images; got shape {a.shape}')
         both.append(a)
     if n_q and n_g and len({a.dtype.kind for a in both}) > 1:
-        raise ValueError(f'q_{name} and g_{name} must both be numbers or both be names; got {both[0][0]!r} and {both[1][0]!r}')
-    if 'U' not in {a.dtype.kind for a in both}: return [np.ascontiguousarray(a) for a in both]
+        raise ValueError(
+            f'q_{name} and g_{name} must both be numbers or both be names; got {both[0][0]!r} and'
+            f' {both[1][0]!r}'
+        )
+    if 'U' not in {a.dtype.kind for a in both}:
+        return [np.ascontiguousarray(a) for a in both]
     names, numbers = np.unique(np.concatenate([a.astype(str) for a in both]), return_inverse=True)
     numbers[(names == '-1')[numbers]] = UNKNOWN
     return np.split(numbers.ravel().astype(np.int64), [n_q])
 
+
 def _identities(n_q, n_g, q_pids, g_pids, q_camids, g_camids):
     "People and cameras of queries and gallery as int64; an unknown person is no match of another."
-    (q_pids, g_pids), (q_camids, g_camids) = _ids('pids', n_q, n_g, q_pids, g_pids), _ids('camids', n_q, n_g, q_camids, g_camids)
+    (q_pids, g_pids), (q_camids, g_camids) = (
+        _ids('pids', n_q, n_g, q_pids, g_pids),
+        _ids('camids', n_q, n_g, q_camids, g_camids),
+    )
     queries, images = np.count_nonzero(q_pids == UNKNOWN), np.count_nonzero(g_pids == UNKNOWN)
     if queries and images:
-        warnings.warn(f'pid {UNKNOWN} means an unknown person, who matches nobody: {queries} of {n_q} queries are skipped; {images} of {n_g} gallery images rank as strangers', stacklevel=3)
+        warnings.warn(
+            f'pid {UNKNOWN} means an unknown person, who matches nobody: {queries} of {n_q} queries are'
+            f' skipped; {images} of {n_g} gallery images rank as strangers',
+            stacklevel=3,
+        )
         people, numbers = np.unique(np.concatenate([q_pids, g_pids]), return_inverse=True)
         q_pids, g_pids = np.split(numbers.ravel().astype(np.int64), [n_q])
         q_pids = np.where(q_pids == np.searchsorted(people, UNKNOWN), len(people), q_pids)
@@ -118,54 +186,83 @@ def _by_person(q_pids, g_pids):
     order = np.argsort(g_pids, kind='stable')
     return order, *(np.searchsorted(g_pids[order], q_pids, side) for side in ('left', 'right'))
 
-def _max_rank(max_rank): return gate.whole('max_rank', max_rank, 1)
+
+def _max_rank(max_rank):
+    return gate.whole('max_rank', max_rank, 1)
 
 # %% ../nbs/07_evaluation.ipynb #b36197e2
 def _distances(distmat):
-    "(Q, G) float32 or float64, in which no two different distances became one; infinity is the farthest there is."
+    """(Q, G) float32 or float64, in which no two different distances became one; infinity is the farthest
+    there is."""
     distmat = gate.real_array('distmat', distmat)
-    if distmat.ndim != 2: raise ValueError(f'distmat must be (Q, G); got shape {distmat.shape}')
-    if distmat.dtype in (np.float16, np.float32): return np.ascontiguousarray(distmat, np.float32)
+    if distmat.ndim != 2:
+        raise ValueError(f'distmat must be (Q, G); got shape {distmat.shape}')
+    if distmat.dtype in (np.float16, np.float32):
+        return np.ascontiguousarray(distmat, np.float32)
     wide, distmat = distmat, np.ascontiguousarray(distmat, np.float64)
-    if wide.dtype.kind in 'iu' and wide.size and abs(distmat).max() > 2**53: raise ValueError(f'distmat of whole numbers must lie within 2**53, where float64 holds each; got up to {wide.max()}')
-    if wide.dtype.itemsize > 8 and (wide != distmat)[wide == wide].any(): raise ValueError(f'distmat must fit float64; got {wide.dtype} values that differ by less')
+    if wide.dtype.kind in 'iu' and wide.size and abs(distmat).max() > 2**53:
+        raise ValueError(
+            'distmat of whole numbers must lie within 2**53, where float64 holds each; got up to'
+            f' {wide.max()}'
+        )
+    if wide.dtype.itemsize > 8 and (wide != distmat)[wide == wide].any():
+        raise ValueError(f'distmat must fit float64; got {wide.dtype} values that differ by less')
     return distmat
 
 # %% ../nbs/07_evaluation.ipynb #b77b6104
 def evaluate_ranking(
-    distmat,             # (Q, G) float32 or float64, smaller is closer; any monotone measure will do
-    q_pids,              # (Q,) identities: whole numbers or names; -1: unknown, matches nobody
-    g_pids,              # (G,)
-    q_camids,            # (Q,) cameras: whole numbers or names
-    g_camids,            # (G,)
+    distmat,  # (Q, G) float32 or float64, smaller is closer; any monotone measure will do
+    q_pids,  # (Q,) identities: whole numbers or names; -1: unknown, matches nobody
+    g_pids,  # (G,)
+    q_camids,  # (Q,) cameras: whole numbers or names
+    g_camids,  # (G,)
     max_rank: int = 50,  # length of the CMC
     n_threads: int = 0,  # 0: every core
 ) -> Ranking:
-    "Rank each query's gallery without its own camera's images of the same person; a tie counts against the query."
+    """Rank each query's gallery without its own camera's images of the same person; a tie counts against
+    the query."""
     max_rank, distmat = _max_rank(max_rank), _distances(distmat)
     q_pids, g_pids, q_camids, g_camids = _identities(*distmat.shape, q_pids, g_pids, q_camids, g_camids)
-    return _summarise(*kernels.rank_rows(distmat, *_by_person(q_pids, g_pids), q_camids, g_camids, n_threads), max_rank)
+    return _summarise(
+        *kernels.rank_rows(distmat, *_by_person(q_pids, g_pids), q_camids, g_camids, n_threads), max_rank
+    )
 
 # %% ../nbs/07_evaluation.ipynb #e8c36ae5
 def squared_distances(
     q,  # (Q, D) array or tensor
     g,  # (G, D) of the same kind
-):      # (Q, G) of the same kind, not below 0
+):  # (Q, G) of the same kind, not below 0
     "Squared Euclidean distances by one matrix product."
-    return ((q * q).sum(1)[:, None] + (g * g).sum(1)[None] - 2 * q @ g.T).clip(0)  # (Q, 1) + (1, G) - (Q, D) @ (D, G)
+    # (Q, 1) + (1, G) - (Q, D) @ (D, G)
+    return ((q * q).sum(1)[:, None] + (g * g).sum(1)[None] - 2 * q @ g.T).clip(0)
 
 # %% ../nbs/07_evaluation.ipynb #244e02d1
 def _pair(q, g):
-    "Both as float32 matrices of one dimension, on a scale on which their distances are finite; tensors stay tensors."
+    """Both as float32 matrices of one dimension, on a scale on which their distances are finite; tensors
+    stay tensors."""
     pair = []
     for name, a in (('query', q), ('gallery', g)):
-        if not gate.is_tensor(a): a = gate.real_array(name, a)
-        elif a.is_complex(): raise ValueError(f'{name} must hold real numbers; got {a.dtype}')
-        if len(a.shape) != 2: raise ValueError(f'query and gallery must be (Q, D) and (G, D); got shapes {tuple(np.shape(q))} and {tuple(np.shape(g))}')
-        pair.append(checked_embeddings(a, name) if not gate.is_tensor(a) or a.device.type != 'cpu' else _tensor(a, name))
+        if not gate.is_tensor(a):
+            a = gate.real_array(name, a)
+        elif a.is_complex():
+            raise ValueError(f'{name} must hold real numbers; got {a.dtype}')
+        if len(a.shape) != 2:
+            raise ValueError(
+                f'query and gallery must be (Q, D) and (G, D); got shapes {tuple(np.shape(q))} and'
+                f' {tuple(np.shape(g))}'
+            )
+        pair.append(
+            checked_embeddings(a, name)
+            if not gate.is_tensor(a) or a.device.type != 'cpu'
+            else _tensor(a, name)
+        )
     q, g = pair
-    if q.shape[1] != g.shape[1]: raise ValueError(f'query and gallery must be (Q, D) and (G, D); got shapes {tuple(q.shape)} and {tuple(g.shape)}')
+    if q.shape[1] != g.shape[1]:
+        raise ValueError(
+            f'query and gallery must be (Q, D) and (G, D); got shapes {tuple(q.shape)} and {tuple(g.shape)}'
+        )
     return gate.within_squares(q, g)[:2]
+
 
 def _tensor(a, name):
     "A tensor in main memory, float32 and checked."
@@ -175,23 +272,32 @@ def _tensor(a, name):
 
 # %% ../nbs/07_evaluation.ipynb #f13a6b3e
 def evaluate_embeddings(
-    q,                    # (Q, D) query embeddings, array or tensor
-    g,                    # (G, D) gallery embeddings, on the same device
-    q_pids, g_pids,       # (Q,), (G,) identities
-    q_camids, g_camids,   # (Q,), (G,) cameras
-    max_rank: int = 50,   # length of the CMC
-    block: int = 256,     # queries at a time: block x G distances are held, never Q x G
-    rerank: bool = False, # by k-reciprocal encoding, k1 20, k2 6, lambda 0.3
-    n_threads: int = 0,   # 0: every core
+    q,  # (Q, D) query embeddings, array or tensor
+    g,  # (G, D) gallery embeddings, on the same device
+    q_pids,
+    g_pids,  # (Q,), (G,) identities
+    q_camids,
+    g_camids,  # (Q,), (G,) cameras
+    max_rank: int = 50,  # length of the CMC
+    block: int = 256,  # queries at a time: block x G distances are held, never Q x G
+    rerank: bool = False,  # by k-reciprocal encoding, k1 20, k2 6, lambda 0.3
+    n_threads: int = 0,  # 0: every core
 ) -> Ranking:
     "`evaluate_ranking` of squared Euclidean distances that are never all in memory."
     gate.one_thread_after_fork()
     (q, g), max_rank = _pair(q, g), _max_rank(max_rank)
     q_pids, g_pids, q_camids, g_camids = _identities(len(q), len(g), q_pids, g_pids, q_camids, g_camids)
-    if not len(q): raise ValueError('no query has a match: there is no query')
+    if not len(q):
+        raise ValueError('no query has a match: there is no query')
     order, lo, hi = _by_person(q_pids, g_pids)
-    parts = [kernels.rank_rows(distances, order, lo[rows], hi[rows], q_camids[rows], g_camids, n_threads) for rows, distances in
-             (_reranked_blocks(q, g, block=block, n_threads=n_threads) if rerank else _distance_blocks(q, g, block))]
+    parts = [
+        kernels.rank_rows(distances, order, lo[rows], hi[rows], q_camids[rows], g_camids, n_threads)
+        for rows, distances in (
+            _reranked_blocks(q, g, block=block, n_threads=n_threads)
+            if rerank
+            else _distance_blocks(q, g, block)
+        )
+    ]
     return _summarise(*map(np.concatenate, zip(*parts)), max_rank)
 
 # %% ../nbs/07_evaluation.ipynb #2b8d6ac1
@@ -204,14 +310,21 @@ def _distance_blocks(q, g, block):
 
 # %% ../nbs/07_evaluation.ipynb #bef4eb6d
 def _check_rerank(n, k1, k2, lambda_value):
-    for name, k in dict(k1=k1, k2=k2).items(): gate.whole(name, k)
-    if not 1 <= k1 < n: raise ValueError(f'k1 does not count the image itself and must lie in 1..N-1; got k1={k1} with N={n} images')
-    if not 1 <= k2 <= k1 + 1: raise ValueError(f'k2 counts the image itself and must lie in 1..k1 + 1; got k2={k2} with k1={k1}')
+    for name, k in dict(k1=k1, k2=k2).items():
+        gate.whole(name, k)
+    if not 1 <= k1 < n:
+        raise ValueError(
+            f'k1 does not count the image itself and must lie in 1..N-1; got k1={k1} with N={n} images'
+        )
+    if not 1 <= k2 <= k1 + 1:
+        raise ValueError(f'k2 counts the image itself and must lie in 1..k1 + 1; got k2={k2} with k1={k1}')
     gate.number('lambda_value', lambda_value, 0, 1)
+
 
 def _rows(indptr):
     "The row of each stored entry."
     return np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
+
 
 def _parts(V):
     "CSR or CSC arrays as the kernel takes them."
@@ -225,7 +338,8 @@ def _nearest(D, k):
     D[own, own] = -1
     some = np.sort(np.argpartition(D, k - 1, axis=1)[:, :k], axis=1)
     last = np.take_along_axis(D, some, 1).max(1)
-    for i in np.flatnonzero(np.count_nonzero(D <= last[:, None], axis=1) > k):     # equals on both sides of the last place
+    # equals on both sides of the last place
+    for i in np.flatnonzero(np.count_nonzero(D <= last[:, None], axis=1) > k):
         some[i] = np.sort(np.argsort(D[i], kind='stable')[:k])
     ranked = np.take_along_axis(some, np.take_along_axis(D, some, 1).argsort(axis=1, kind='stable'), 1)
     D[own, own] = diagonal
@@ -235,10 +349,15 @@ def _nearest(D, k):
 def _table(name, a):
     "(A, B) float32 whose squares are finite."
     a = gate.real_array(name, a)
-    if a.ndim != 2: raise ValueError(f'{name} must be a matrix of distances; got shape {a.shape}')
-    with np.errstate(over='ignore'): a = a.astype(np.float32, copy=False)
+    if a.ndim != 2:
+        raise ValueError(f'{name} must be a matrix of distances; got shape {a.shape}')
+    with np.errstate(over='ignore'):
+        a = a.astype(np.float32, copy=False)
     largest = abs(a).max(initial=0)
-    if not largest <= np.finfo(np.float32).max ** .5: raise ValueError(f'{name} must hold distances whose squares are finite in float32; got values up to {largest}')
+    if not largest <= np.finfo(np.float32).max ** 0.5:
+        raise ValueError(
+            f'{name} must hold distances whose squares are finite in float32; got values up to {largest}'
+        )
     return a
 
 # %% ../nbs/07_evaluation.ipynb #c5643fe9
@@ -246,15 +365,18 @@ def _copies_alike(D, rounding=1e-6):
     "D with the columns of each image's copies set to those of the first; D itself where there are no copies."
     n, first = len(D), np.arange(len(D))
     scale = np.sqrt(np.maximum(D.max(1), np.finfo(np.float32).tiny))
-    for i in range(n):                                                  # distances are squared in D: compare their roots
-        near = i + 1 + np.flatnonzero(D[i, i + 1:] <= (4 * rounding * scale[i]) ** 2)
+    for i in range(n):  # distances are squared in D: compare their roots
+        near = i + 1 + np.flatnonzero(D[i, i + 1 :] <= (4 * rounding * scale[i]) ** 2)
         near = near[first[near] == near]
-        if len(near) and first[i] == i: first[near[(abs(np.sqrt(D[:, near]) - np.sqrt(D[:, [i]])).max(0) <= 2 * rounding)]] = i
+        if len(near) and first[i] == i:
+            first[near[(abs(np.sqrt(D[:, near]) - np.sqrt(D[:, [i]])).max(0) <= 2 * rounding)]] = i
     copies = np.flatnonzero(first != np.arange(n))
-    if not len(copies): return D
+    if not len(copies):
+        return D
     alike = D.copy()
     alike[:, copies] = D[:, first[copies]]
-    for i in copies: alike[i] = alike[first[i]]
+    for i in copies:
+        alike[i] = alike[first[i]]
     members = np.flatnonzero(np.isin(first, first[copies]))
     same = first[members][:, None] == first[members]
     alike[np.ix_(members, members)] = np.where(same, 0, alike[np.ix_(members, members)])
@@ -262,24 +384,29 @@ def _copies_alike(D, rounding=1e-6):
 
 # %% ../nbs/07_evaluation.ipynb #a678ec68
 def rerank(
-    distmat,                    # (Q, G) squared distances, query to gallery
-    qq,                         # (Q, Q) query to query
-    gg,                         # (G, G) gallery to gallery
-    k1: int = 20,               # size of the neighbourhoods, the image itself not counted
-    k2: int = 6,                # neighbours averaged, the image itself included
+    distmat,  # (Q, G) squared distances, query to gallery
+    qq,  # (Q, Q) query to query
+    gg,  # (G, G) gallery to gallery
+    k1: int = 20,  # size of the neighbourhoods, the image itself not counted
+    k2: int = 6,  # neighbours averaged, the image itself included
     lambda_value: float = 0.3,  # share of the original distance
-    n_threads: int = 0,         # 0: every core
-) -> np.ndarray:                # (Q, G) float32 re-ranked distances
+    n_threads: int = 0,  # 0: every core
+) -> np.ndarray:  # (Q, G) float32 re-ranked distances
     "k-reciprocal re-ranking (Zhong et al., 2017) of given distances; memory (Q + G)^2."
     gate.one_thread_after_fork()
     distmat, qq, gg = (_table(name, a) for name, a in dict(distmat=distmat, qq=qq, gg=gg).items())
     n_q, n_g = distmat.shape
     if qq.shape != (n_q, n_q) or gg.shape != (n_g, n_g):
-        raise ValueError(f'distmat (Q, G), qq (Q, Q) and gg (G, G) must agree; got {distmat.shape}, {qq.shape}, {gg.shape}')
+        raise ValueError(
+            f'distmat (Q, G), qq (Q, Q) and gg (G, G) must agree; got {distmat.shape}, {qq.shape}, {gg.shape}'
+        )
     _check_rerank(n_q + n_g, k1, k2, lambda_value)
     D = np.block([[qq, distmat], [distmat.T, gg]]) ** 2
-    D = np.ascontiguousarray((D / np.maximum(D.max(0), np.finfo(np.float32).tiny)).T)  # as published: columns, transposed
-    V = encode(_nearest(_copies_alike(D), k1 + 1), lambda indptr, indices: D[_rows(indptr), indices], k2, n_threads)
+    # as published: columns, transposed
+    D = np.ascontiguousarray((D / np.maximum(D.max(0), np.finfo(np.float32).tiny)).T)
+    V = encode(
+        _nearest(_copies_alike(D), k1 + 1), lambda indptr, indices: D[_rows(indptr), indices], k2, n_threads
+    )
     out = D[:n_q, n_q:].copy()
     kernels.blend_rows(*_parts(V[:n_q]), *_parts(V[n_q:].tocsc()), lambda_value, out, n_threads)
     return out
@@ -287,7 +414,7 @@ def rerank(
 # %% ../nbs/07_evaluation.ipynb #2263d8db
 def _farthest(x, block=1024):
     "The largest squared distance of each row of x to any other, by blocks."
-    return np.concatenate([squared_distances(x[b:b + block], x).max(1) for b in range(0, len(x), block)])
+    return np.concatenate([squared_distances(x[b : b + block], x).max(1) for b in range(0, len(x), block)])
 
 # %% ../nbs/07_evaluation.ipynb #5307ef08
 def _reranked_blocks(q, g, k1=20, k2=6, lambda_value=0.3, block=256, n_threads=0):
@@ -296,24 +423,27 @@ def _reranked_blocks(q, g, k1=20, k2=6, lambda_value=0.3, block=256, n_threads=0
     x = np.ascontiguousarray(np.concatenate([q, g]))
     _check_rerank(len(x), k1, k2, lambda_value)
     scale = np.maximum(_farthest(x) ** 2, np.finfo(np.float32).tiny)
-    def distances_of(indptr, indices): return neighbor_kernels.set_distances(x, indptr, indices, n_threads) ** 2 / scale[_rows(indptr)]
+
+    def distances_of(indptr, indices):
+        return neighbor_kernels.set_distances(x, indptr, indices, n_threads) ** 2 / scale[_rows(indptr)]
+
     V = encode(knn(x, k1 + 1)[1], distances_of, k2, n_threads)
-    gallery = _parts(V[len(q):].tocsc())
+    gallery = _parts(V[len(q) :].tocsc())
     for rows, distances in _distance_blocks(q, g, block):
-        distances = distances ** 2 / scale[rows, None]
+        distances = distances**2 / scale[rows, None]
         kernels.blend_rows(*_parts(V[rows]), *gallery, lambda_value, distances, n_threads)
         yield rows, distances
 
 # %% ../nbs/07_evaluation.ipynb #869f92f7
 def rerank_features(
-    q,                          # (Q, D) query embeddings, array or tensor
-    g,                          # (G, D) gallery embeddings
-    k1: int = 20,               # size of the neighbourhoods, the image itself not counted
-    k2: int = 6,                # neighbours averaged, the image itself included
+    q,  # (Q, D) query embeddings, array or tensor
+    g,  # (G, D) gallery embeddings
+    k1: int = 20,  # size of the neighbourhoods, the image itself not counted
+    k2: int = 6,  # neighbours averaged, the image itself included
     lambda_value: float = 0.3,  # share of the original distance
-    block: int = 256,           # queries at a time
-    n_threads: int = 0,         # 0: every core
-) -> np.ndarray:                # (Q, G) float32 re-ranked distances
+    block: int = 256,  # queries at a time
+    n_threads: int = 0,  # 0: every core
+) -> np.ndarray:  # (Q, G) float32 re-ranked distances
     "`rerank` of squared Euclidean distances, sparsely: beside the result, memory grows with N, not N^2."
     gate.one_thread_after_fork()
     q, g = _pair(q, g)

@@ -14,25 +14,44 @@ from pathlib import Path
 import numpy as np
 
 from .labels import camera_bias, churn, diagnose
-from .viz import _COLOURS, _GREY, _MARKERS, _PALE, _array, _coloured, _count, _draw_outliers, _figure, _per_point, _read_metrics, _spread, cluster_colors, follow_clusters
+from ccc.viz import (
+    _COLOURS,
+    _GREY,
+    _MARKERS,
+    _PALE,
+    _array,
+    _coloured,
+    _count,
+    _figure,
+    _per_point,
+    _read_metrics,
+    _spread,
+    cluster_colors,
+    follow_clusters,
+)
 
 # %% ../nbs/05a_evolution.ipynb #64f24f6c
 @dataclass
 class History:
     "Pseudo-labels of one run over its epochs, cluster numbers followed from epoch to epoch."
-    epochs: np.ndarray           # (E,) int, from 0, as in the names of the files
-    labels: np.ndarray           # (E, N) int, OUTLIER = -1; a number means the same cluster throughout
-    confidence: np.ndarray       # (E, N) in [0, 1]
+
+    epochs: np.ndarray  # (E,) int, from 0, as in the names of the files
+    labels: np.ndarray  # (E, N) int, OUTLIER = -1; a number means the same cluster throughout
+    confidence: np.ndarray  # (E, N) in [0, 1]
     rows: list = field(repr=False)  # lines of metrics.jsonl, a dict an epoch
-    index: np.ndarray = None     # (M,) positions of the images that have a place on the maps; None: no maps
-    maps: np.ndarray = None      # (E, M, 2), every map laid on the one before
-    camids: np.ndarray = None    # (N,) int, -1 = unknown; None: no camera is known
-    pids: np.ndarray = None      # (N,) int, negative = unknown; None: no identity is known
+    index: np.ndarray = None  # (M,) positions of the images that have a place on the maps; None: no maps
+    maps: np.ndarray = None  # (E, M, 2), every map laid on the one before
+    camids: np.ndarray = None  # (N,) int, -1 = unknown; None: no camera is known
+    pids: np.ndarray = None  # (N,) int, negative = unknown; None: no identity is known
     split: object = field(default=None, repr=False)  # training split, for its images
 
     def need_maps(self):
         "The maps; ValueError where the run was trained without."
-        if self.maps is None: raise ValueError("this run has no maps: label files hold `map` and `map_index` when it is trained with maps=True")
+        if self.maps is None:
+            raise ValueError(
+                "this run has no maps: label files hold `map` and `map_index` when it is trained with"
+                " maps=True"
+            )
         return self.maps
 
 # %% ../nbs/05a_evolution.ipynb #8a434a39
@@ -41,36 +60,54 @@ def _known(values, n, name):
     values = _per_point(name, values, n)
     return values if values is not None and (values >= 0).any() else None
 
+
 def _mapped(files, n):
     "Positions, maps and cameras that the label files hold, None where any of them has none."
-    if not all({'map', 'map_index'} <= f.keys() for f in files): return None, None, None
+    if not all({'map', 'map_index'} <= f.keys() for f in files):
+        return None, None, None
     index, camids = files[0]['map_index'], None
-    if any(not np.array_equal(f['map_index'], index) for f in files): raise ValueError('all maps of a run must show the same images, got different map_index')
+    if any(not np.array_equal(f['map_index'], index) for f in files):
+        raise ValueError('all maps of a run must show the same images, got different map_index')
     if all('camids' in f for f in files):
         camids = np.full(n, -1)
         camids[index] = files[0]['camids']
     return index, np.stack([f['map'] for f in files]), camids
 
 # %% ../nbs/05a_evolution.ipynb #c4e4c82d
-def read_history(run,         # folder of a run
-                 split=None,  # its training split (`pids`, `camids`, `image(i)`); None: only what the folder holds
-                ) -> History:
-    "What the label files and metrics of a run tell. FileNotFoundError for a folder without label files, ValueError for another split than the run's."
+def read_history(
+    run,  # folder of a run
+    split=None,  # its training split (`pids`, `camids`, `image(i)`); None: only what the folder holds
+) -> History:
+    """What the label files and metrics of a run tell. FileNotFoundError for a folder without label files,
+    ValueError for another split than the run's."""
     from ccc.runs import read_arrays
+
     names = sorted(Path(run).glob('labels/epoch_*.npz'))
-    if not names: raise FileNotFoundError(f'a run folder holds labels/epoch_000.npz and so on; found none in {run}')
+    if not names:
+        raise FileNotFoundError(f'a run folder holds labels/epoch_000.npz and so on; found none in {run}')
     files = [read_arrays(f) for f in names]
     n = len(files[0]['labels'])
-    if split is not None and len(split.pids) != n: raise ValueError(f'split must be the one the run was trained on, {n} images; got {len(split.pids)}')
+    if split is not None and len(split.pids) != n:
+        raise ValueError(f'split must be the one the run was trained on, {n} images; got {len(split.pids)}')
     index, maps, camids = _mapped(files, n)
-    if split is not None: camids = _known(split.camids, n, 'camids')
-    return History(np.array([int(f.stem.split('_')[1]) for f in names]), np.stack(follow_clusters([f['labels'] for f in files])),
-                   np.stack([f['confidence'] for f in files]), _read_metrics(run), index, maps, _known(camids, n, 'camids'),
-                   None if split is None else _known(split.pids, n, 'pids'), split)
+    if split is not None:
+        camids = _known(split.camids, n, 'camids')
+    return History(
+        np.array([int(f.stem.split('_')[1]) for f in names]),
+        np.stack(follow_clusters([f['labels'] for f in files])),
+        np.stack([f['confidence'] for f in files]),
+        _read_metrics(run),
+        index,
+        maps,
+        _known(camids, n, 'camids'),
+        None if split is None else _known(split.pids, n, 'pids'),
+        split,
+    )
 
 # %% ../nbs/05a_evolution.ipynb #e9f6c4b5
 def _overlap(before, after):
-    "Members that each cluster of `before` shares with each of `after`, and the numbers of both; outliers left out."
+    """Members that each cluster of `before` shares with each of `after`, and the numbers of both; outliers
+    left out."""
     both = (before >= 0) & (after >= 0)
     a, i = np.unique(before[before >= 0], return_inverse=True)
     b, j = np.unique(after[after >= 0], return_inverse=True)
@@ -80,32 +117,46 @@ def _overlap(before, after):
     return shared, a, b
 
 # %% ../nbs/05a_evolution.ipynb #46f13a15
-def label_flow(before,  # labels (N,) of an epoch, OUTLIER = -1
-               after,   # labels (N,) of the next, under followed numbers
-               share: float = .25,  # of a cluster's members that make a part of it
-              ) -> dict:  # images: stay, change, fall_out, come_back, out; clusters: born, died, split, merged (arrays of numbers); churn in [0, 1]
+def label_flow(
+    before,  # labels (N,) of an epoch, OUTLIER = -1
+    after,  # labels (N,) of the next, under followed numbers
+    share: float = 0.25,  # of a cluster's members that make a part of it
+) -> dict:  # images: stay, change, fall_out, come_back, out; clusters: born, died, split, merged (arrays of numbers); churn in [0, 1]
     "What became of images and clusters from one epoch to the next."
     before, after = _array(before), _array(after)
     shared, a, b = _overlap(before, after)
     sizes_a, sizes_b = (np.array([(l == j).sum() for j in ids]) for l, ids in ((before, a), (after, b)))
     was, is_ = before >= 0, after >= 0
-    images = dict(stay=was & is_ & (before == after), change=was & is_ & (before != after), fall_out=was & ~is_, come_back=~was & is_, out=~was & ~is_)
+    images = dict(
+        stay=was & is_ & (before == after),
+        change=was & is_ & (before != after),
+        fall_out=was & ~is_,
+        come_back=~was & is_,
+        out=~was & ~is_,
+    )
     return {k: int(v.sum()) for k, v in images.items()} | dict(
-        born=np.setdiff1d(b, a), died=np.setdiff1d(a, b), split=a[(shared >= share * sizes_a[:, None]).sum(1) > 1] if len(b) else a[:0],
-        merged=b[(shared >= share * sizes_b).sum(0) > 1] if len(a) else b[:0], churn=churn(after, before))
+        born=np.setdiff1d(b, a),
+        died=np.setdiff1d(a, b),
+        split=a[(shared >= share * sizes_a[:, None]).sum(1) > 1] if len(b) else a[:0],
+        merged=b[(shared >= share * sizes_b).sum(0) > 1] if len(a) else b[:0],
+        churn=churn(after, before),
+    )
 
 # %% ../nbs/05a_evolution.ipynb #232f1853
 def _flow_groups(history, shown, most=8):
-    "Rows of the flow picture: number of a cluster that is among the largest of the last epoch shown, -2 for all others, -1 for outliers."
+    """Rows of the flow picture: number of a cluster that is among the largest of the last epoch shown, -2
+    for all others, -1 for outliers."""
     last = history.labels[shown[-1]]
     ids = _coloured(last, most, most)
     return ids, [np.where(l < 0, -1, np.where(np.isin(l, ids), l, -2)) for l in history.labels[shown]]
+
 
 def _stacks(groups, order):
     "Where each group begins and ends in a column of one epoch, from the bottom."
     sizes = np.array([(groups == g).sum() for g in order])
     ends = sizes.cumsum()
     return dict(zip(order, zip(ends - sizes, ends)))
+
 
 def _bands(ax, at, left, right, order, colours):
     "Bands from the groups of one epoch to those of the next, as high as the images they carry."
@@ -116,42 +167,86 @@ def _bands(ax, at, left, right, order, colours):
     for g in order:
         for g2 in order:
             n = ((left == g) & (right == g2)).sum()
-            if not n: continue
+            if not n:
+                continue
             low = begin[g] + (end[g2] - begin[g]) * bend
-            ax.fill_between(at + .06 + .88 * t, low, low + n, color=colours[g], alpha=.55 if g == g2 else .8, linewidth=0)
+            ax.fill_between(
+                at + 0.06 + 0.88 * t,
+                low,
+                low + n,
+                color=colours[g],
+                alpha=0.55 if g == g2 else 0.8,
+                linewidth=0,
+            )
             begin[g], end[g2] = begin[g] + n, end[g2] + n
 
 # %% ../nbs/05a_evolution.ipynb #9966a323
-def plot_flow(history: History,       # of a run
-              max_epochs: int = 6,    # columns, evenly spread, first and last among them
-              n_clusters: int = 8,    # clusters drawn apart: the largest of the last epoch; all others together are one pale block
-             ):                       # matplotlib Figure, closed
+def plot_flow(
+    history: History,  # of a run
+    max_epochs: int = 6,  # columns, evenly spread, first and last among them
+    n_clusters: int = 8,  # clusters drawn apart: the largest of the last epoch; all others together are one pale block
+):  # matplotlib Figure, closed
     "Where the images of a few clusters came from, and how many images and clusters moved in each epoch."
-    if len(history.epochs) < 2: raise ValueError(f'label flow needs at least two epochs, got {len(history.epochs)}')
+    if len(history.epochs) < 2:
+        raise ValueError(f'label flow needs at least two epochs, got {len(history.epochs)}')
     shown = _spread(len(history.epochs), max_epochs)
     ids, groups = _flow_groups(history, shown, n_clusters)
-    order = [*ids, -1, -2]                        # the others on top, where they can be cut off
+    order = [*ids, -1, -2]  # the others on top, where they can be cut off
     colours = {-1: _GREY, -2: _PALE} | {g: _COLOURS[c % 8] for c, g in enumerate(ids)}
     fig, (ax, counts) = _figure(2, 5.2, 4)
     for k, column in enumerate(groups):
         for g, (low, high) in _stacks(column, order).items():
-            ax.bar(k, high - low, .12, low, color=colours[g], hatch='////' if g == -1 else None, edgecolor='white', linewidth=.4)
-        if k: _bands(ax, k - 1, groups[k - 1], column, order, colours)
-    ax.set(xticks=range(len(shown)), xticklabels=history.epochs[shown] + 1, xlabel='epoch', ylabel='images', xlim=(-.2, len(shown) - .8),
-           ylim=(0, min(history.labels.shape[1], 1.6 * max((g != -2).sum() for g in groups))),
-           title=f'{len(ids)} largest clusters of the last epoch;\noutliers grey, others pale, cut off above')
+            ax.bar(
+                k,
+                high - low,
+                0.12,
+                low,
+                color=colours[g],
+                hatch='////' if g == -1 else None,
+                edgecolor='white',
+                linewidth=0.4,
+            )
+        if k:
+            _bands(ax, k - 1, groups[k - 1], column, order, colours)
+    ax.set(
+        xticks=range(len(shown)),
+        xticklabels=history.epochs[shown] + 1,
+        xlabel='epoch',
+        ylabel='images',
+        xlim=(-0.2, len(shown) - 0.8),
+        ylim=(0, min(history.labels.shape[1], 1.6 * max((g != -2).sum() for g in groups))),
+        title=f'{len(ids)} largest clusters of the last epoch;\noutliers grey, others pale, cut off above',
+    )
     _draw_moves(counts, history)
     return fig
 
 # %% ../nbs/05a_evolution.ipynb #d3eabd21
 def _draw_moves(ax, history):
-    "Share of images that change cluster, fall out or come back, and of clusters that are born, die, split, merge, by epoch."
+    """Share of images that change cluster, fall out or come back, and of clusters that are born, die,
+    split, merge, by epoch."""
     flows = [label_flow(a, b) for a, b in zip(history.labels, history.labels[1:])]
-    for c, (name, key) in enumerate([('change cluster', 'change'), ('fall out', 'fall_out'), ('come back', 'come_back')]):
-        ax.plot(history.epochs[1:] + 1, [f[key] / history.labels.shape[1] for f in flows], color=_COLOURS[c], marker=_MARKERS[c], markersize=4, label=f'images: {name}')
+    for c, (name, key) in enumerate(
+        [('change cluster', 'change'), ('fall out', 'fall_out'), ('come back', 'come_back')]
+    ):
+        ax.plot(
+            history.epochs[1:] + 1,
+            [f[key] / history.labels.shape[1] for f in flows],
+            color=_COLOURS[c],
+            marker=_MARKERS[c],
+            markersize=4,
+            label=f'images: {name}',
+        )
     alive = [max(1, len(np.unique(l[l >= 0]))) for l in history.labels[1:]]
     for c, key in enumerate(['born', 'died', 'split', 'merged'], 3):
-        ax.plot(history.epochs[1:] + 1, [len(f[key]) / k for f, k in zip(flows, alive)], color=_COLOURS[c], marker=_MARKERS[c], markersize=4, linestyle=':', label=f'clusters: {key}')
+        ax.plot(
+            history.epochs[1:] + 1,
+            [len(f[key]) / k for f, k in zip(flows, alive)],
+            color=_COLOURS[c],
+            marker=_MARKERS[c],
+            markersize=4,
+            linestyle=':',
+            label=f'clusters: {key}',
+        )
     ax.set(xlabel='epoch', ylabel='share', title='from the epoch before')
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set_ylim(0)
@@ -159,37 +254,57 @@ def _draw_moves(ax, history):
 
 # %% ../nbs/05a_evolution.ipynb #c5d444a4
 def label_signs(history: History) -> dict:  # name -> (E,) float, NaN where there is nothing to say
-    "Counts, stability and confidence of every epoch; agreement with people and with cameras where they are known, mAP where the run was evaluated."
+    """Counts, stability and confidence of every epoch; agreement with people and with cameras where they
+    are known, mAP where the run was evaluated."""
     signs = []
     for e, labels in enumerate(history.labels):
         sure = history.confidence[e][labels >= 0]
-        row = dict(n_clusters=len(np.unique(labels[labels >= 0])), n_outliers=(labels < 0).sum(), confidence=sure.mean() if len(sure) else np.nan,
-                   stability=1 - churn(labels, history.labels[e - 1]) if e else np.nan)
-        for values, keys in [(history.pids, ('nmi', 'ami', 'ari', 'purity')), (history.camids, ('camera_nmi', 'camera_ami', 'camera_entropy'))]:
-            if values is None: continue
+        row = dict(
+            n_clusters=len(np.unique(labels[labels >= 0])),
+            n_outliers=(labels < 0).sum(),
+            confidence=sure.mean() if len(sure) else np.nan,
+            stability=1 - churn(labels, history.labels[e - 1]) if e else np.nan,
+        )
+        for values, keys in [
+            (history.pids, ('nmi', 'ami', 'ari', 'purity')),
+            (history.camids, ('camera_nmi', 'camera_ami', 'camera_entropy')),
+        ]:
+            if values is None:
+                continue
             known = values >= 0
-            told = diagnose(labels[known], values[known]) if 'nmi' in keys else diagnose(labels[known], camids=values[known])
+            told = (
+                diagnose(labels[known], values[known])
+                if 'nmi' in keys
+                else diagnose(labels[known], camids=values[known])
+            )
             row |= {k: told[k] for k in keys}
         signs.append(row)
     scores = {row.get('epoch'): row.get('mAP') for row in history.rows}
-    evaluated = {} if not any(v is not None for v in scores.values()) else dict(mAP=np.array([scores.get(e) for e in history.epochs], float))
+    evaluated = (
+        {}
+        if not any(v is not None for v in scores.values())
+        else dict(mAP=np.array([scores.get(e) for e in history.epochs], float))
+    )
     return {k: np.array([row[k] for row in signs], float) for k in signs[0]} | evaluated
 
 # %% ../nbs/05a_evolution.ipynb #83d3bb4c
-def graph_silhouette(graph,   # (N, N) CSR of distances in [0, 1], the zero diagonal stored; absent: 1
-                     labels,  # (N,) int, OUTLIER = -1: left out
-                    ) -> np.ndarray:  # (N,) in [-1, 1]; 0 in clusters of one, NaN for outliers
+def graph_silhouette(
+    graph,  # (N, N) CSR of distances in [0, 1], the zero diagonal stored; absent: 1
+    labels,  # (N,) int, OUTLIER = -1: left out
+) -> np.ndarray:  # (N,) in [-1, 1]; 0 in clusters of one, NaN for outliers
     "Silhouette of every sample on a sparse graph, exact; ValueError with fewer than two clusters."
     from scipy.sparse import csr_array
+
     labels = _per_point('labels', labels, graph.shape[0])
     ids, j = np.unique(labels[labels >= 0], return_inverse=True)
-    if len(ids) < 2: raise ValueError(f'a silhouette needs at least two clusters, got {len(ids)}')
+    if len(ids) < 2:
+        raise ValueError(f'a silhouette needs at least two clusters, got {len(ids)}')
     members = np.flatnonzero(labels >= 0)
     near = csr_array((1 - graph.data, graph.indices, graph.indptr), shape=graph.shape)[members]
     home = csr_array((np.ones(len(members)), (members, j)), shape=(len(labels), len(ids)))
-    sizes, sums = np.bincount(j), (near @ home).toarray()                   # (M, N) @ (N, K) -> (M, K)
+    sizes, sums = np.bincount(j), (near @ home).toarray()  # (M, N) @ (N, K) -> (M, K)
     own = np.arange(len(members)), j
-    a = 1 - (sums[own] - 1) / np.maximum(sizes[j] - 1, 1)                   # the sample itself is no company
+    a = 1 - (sums[own] - 1) / np.maximum(sizes[j] - 1, 1)  # the sample itself is no company
     other = 1 - sums / sizes
     other[own] = np.inf
     out, b = np.full(len(labels), np.nan), other.min(1)
@@ -197,62 +312,140 @@ def graph_silhouette(graph,   # (N, N) CSR of distances in [0, 1], the zero diag
     return out
 
 # %% ../nbs/05a_evolution.ipynb #32e78574
-_NAMES = dict(ami='AMI, people', camera_ami='AMI, cameras', ari='ARI, people', purity='purity, people', mAP='mAP', stability='stability', confidence='confidence')
+_NAMES = dict(
+    ami='AMI, people',
+    camera_ami='AMI, cameras',
+    ari='ARI, people',
+    purity='purity, people',
+    mAP='mAP',
+    stability='stability',
+    confidence='confidence',
+)
+
 
 def _curves(ax, history, values, names):
     "Some signs over the epochs."
     for c, name in enumerate(n for n in names if n in values):
-        ax.plot(history.epochs + 1, values[name], color=_COLOURS[c], marker=_MARKERS[c], markersize=4, label=_NAMES[name])
-    ax.set(xlabel='epoch', ylim=(min(0, 1.05 * min(np.nanmin(values[n], initial=0) for n in names if n in values)), 1.05))
+        ax.plot(
+            history.epochs + 1,
+            values[name],
+            color=_COLOURS[c],
+            marker=_MARKERS[c],
+            markersize=4,
+            label=_NAMES[name],
+        )
+    ax.set(
+        xlabel='epoch',
+        ylim=(min(0, 1.05 * min(np.nanmin(values[n], initial=0) for n in names if n in values)), 1.05),
+    )
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend(fontsize=8, frameon=False)
+
 
 def _draw_sizes(ax, history):
     "Cluster sizes over the epochs: median, the middle 80 % and the largest."
     sizes = [np.unique(l[l >= 0], return_counts=True)[1] for l in history.labels]
     low, mid, high = np.array([np.percentile(s, [10, 50, 90]) if len(s) else [0, 0, 0] for s in sizes]).T
-    ax.fill_between(history.epochs + 1, low, high, color=_COLOURS[0], alpha=.25, linewidth=0, label='10th to 90th percentile')
+    ax.fill_between(
+        history.epochs + 1,
+        low,
+        high,
+        color=_COLOURS[0],
+        alpha=0.25,
+        linewidth=0,
+        label='10th to 90th percentile',
+    )
     ax.plot(history.epochs + 1, mid, color=_COLOURS[0], marker='o', markersize=4, label='median')
-    ax.plot(history.epochs + 1, [s.max(initial=0) for s in sizes], color=_COLOURS[3], marker='D', markersize=4, linestyle=':', label='largest')
+    ax.plot(
+        history.epochs + 1,
+        [s.max(initial=0) for s in sizes],
+        color=_COLOURS[3],
+        marker='D',
+        markersize=4,
+        linestyle=':',
+        label='largest',
+    )
     ax.set(xlabel='epoch', ylabel='images in a cluster')
     ax.set_ylim(0)
     ax.legend(fontsize=8, frameon=False)
 
+
 def _draw_confidence(ax, history, bins=40, most=6):
     "Histograms of the members' confidence, an epoch above the other."
-    shown, edges = _spread(len(history.epochs), most), np.linspace(*np.percentile(history.confidence, [.5, 99.5]), bins + 1)
+    shown, edges = (
+        _spread(len(history.epochs), most),
+        np.linspace(*np.percentile(history.confidence, [0.5, 99.5]), bins + 1),
+    )
     for row, e in enumerate(shown):
-        for part, colour, hatch in [(history.labels[e] >= 0, _COLOURS[0], None), (history.labels[e] < 0, _GREY, '////')]:
+        for part, colour, hatch in [
+            (history.labels[e] >= 0, _COLOURS[0], None),
+            (history.labels[e] < 0, _GREY, '////'),
+        ]:
             n = np.histogram(history.confidence[e][part], edges)[0]
-            ax.fill_between((edges[1:] + edges[:-1]) / 2, row, row + .95 * n / max(1, np.histogram(history.confidence[e], edges)[0].max()),
-                            color=colour, alpha=.75, hatch=hatch, linewidth=0, zorder=-row, step='mid')
-    ax.set(xlabel='confidence (outliers grey)', ylabel='epoch', yticks=range(len(shown)), yticklabels=history.epochs[shown] + 1)
+            ax.fill_between(
+                (edges[1:] + edges[:-1]) / 2,
+                row,
+                row + 0.95 * n / max(1, np.histogram(history.confidence[e], edges)[0].max()),
+                color=colour,
+                alpha=0.75,
+                hatch=hatch,
+                linewidth=0,
+                zorder=-row,
+                step='mid',
+            )
+    ax.set(
+        xlabel='confidence (outliers grey)',
+        ylabel='epoch',
+        yticks=range(len(shown)),
+        yticklabels=history.epochs[shown] + 1,
+    )
 
 # %% ../nbs/05a_evolution.ipynb #e36b1422
 def plot_signs(history: History):  # -> matplotlib Figure, closed
-    "Agreement with people and cameras where known, stability, confidence, cluster sizes and outliers over the epochs."
+    """Agreement with people and cameras where known, stability, confidence, cluster sizes and outliers
+    over the epochs."""
     values = label_signs(history)
     fig, axes = _figure(4, 4.4, 2.9)
     _curves(axes[0], history, values, ['ami', 'ari', 'purity', 'camera_ami', 'stability'])
-    axes[0].set_title('agreement with people and cameras' if 'ami' in values else 'cameras and stability; people unknown' if 'camera_ami' in values else 'stability; people, cameras unknown', fontsize=10)
+    axes[0].set_title(
+        (
+            'agreement with people and cameras'
+            if 'ami' in values
+            else (
+                'cameras and stability; people unknown'
+                if 'camera_ami' in values
+                else 'stability; people, cameras unknown'
+            )
+        ),
+        fontsize=10,
+    )
     out = values['n_outliers'] / history.labels.shape[1]
     axes[1].bar(history.epochs + 1, out, color=_GREY, hatch='////', edgecolor='white')
-    axes[1].set(xlabel='epoch', ylabel='share of outliers', ylim=(0, max(.05, 1.1 * out.max())))
-    axes[1].set_title(f'{values["n_clusters"][0]:.0f} clusters at first, {values["n_clusters"][-1]:.0f} at last', fontsize=10)
+    axes[1].set(xlabel='epoch', ylabel='share of outliers', ylim=(0, max(0.05, 1.1 * out.max())))
+    axes[1].set_title(
+        f'{values["n_clusters"][0]:.0f} clusters at first, {values["n_clusters"][-1]:.0f} at last',
+        fontsize=10,
+    )
     _draw_sizes(axes[2], history)
     _draw_confidence(axes[3], history)
     return fig
 
 # %% ../nbs/05a_evolution.ipynb #84317217
-def plot_camera_matrix(labels,  # (N,) int, OUTLIER = -1
-                       camids,  # (N,) int, negative = unknown: left out
-                       title=None,  # line above
-                      ):        # matplotlib Figure, closed
-    "Share of each camera in each cluster, clusters of few cameras first, and beside it what cameras have in the whole data set."
+def plot_camera_matrix(
+    labels,  # (N,) int, OUTLIER = -1
+    camids,  # (N,) int, negative = unknown: left out
+    title=None,  # line above
+):  # matplotlib Figure, closed
+    """Share of each camera in each cluster, clusters of few cameras first, and beside it what cameras have
+    in the whole data set."""
     labels, camids = _array(labels), _per_point('camids', camids, len(labels))
     keep = (labels >= 0) & (camids >= 0)
-    if not keep.any(): raise ValueError('plot_camera_matrix needs images that are in a cluster and have a camera, got none')
-    (ids, j), (cameras, c) = np.unique(labels[keep], return_inverse=True), np.unique(camids[keep], return_inverse=True)
+    if not keep.any():
+        raise ValueError('plot_camera_matrix needs images that are in a cluster and have a camera, got none')
+    (ids, j), (cameras, c) = (
+        np.unique(labels[keep], return_inverse=True),
+        np.unique(camids[keep], return_inverse=True),
+    )
     share = np.zeros((len(ids), len(cameras)))
     np.add.at(share, (j, c), 1)
     share /= share.sum(1, keepdims=True)
@@ -260,45 +453,78 @@ def plot_camera_matrix(labels,  # (N,) int, OUTLIER = -1
     order = np.argsort(bits, kind='stable')
     fig, (ax, overall) = _figure(2, 3.2, 3.6)
     shown = ax.imshow(share[order], aspect='auto', cmap='Blues', vmin=0, vmax=1, interpolation='nearest')
-    ax.set(xlabel='camera', xticks=range(len(cameras)), ylabel=f'{_count(len(ids), "cluster")}, least entropy first', yticks=range(len(ids)) if len(ids) <= 24 else [])
+    ax.set(
+        xlabel='camera',
+        xticks=range(len(cameras)),
+        ylabel=f'{_count(len(ids), "cluster")}, least entropy first',
+        yticks=range(len(ids)) if len(ids) <= 24 else [],
+    )
     ax.set_xticklabels(cameras, fontsize=8 if len(cameras) < 12 else 6)
-    if len(ids) <= 24: ax.set_yticklabels(ids[order], fontsize=8)
+    if len(ids) <= 24:
+        ax.set_yticklabels(ids[order], fontsize=8)
     fig.colorbar(shown, ax=ax, label='share of the cluster')
     everywhere = np.bincount(c) / len(c)
     overall.barh(np.arange(len(cameras)), everywhere, color=_COLOURS[0])
-    overall.set(ylabel='camera', xlabel='share of all images in clusters', yticks=range(len(cameras)), title=f'camera entropy: mean {bits.mean():.2f} bits,\nat most {np.log2(len(cameras)):.2f}')
+    overall.set(
+        ylabel='camera',
+        xlabel='share of all images in clusters',
+        yticks=range(len(cameras)),
+        title=f'camera entropy: mean {bits.mean():.2f} bits,\nat most {np.log2(len(cameras)):.2f}',
+    )
     overall.set_yticklabels(cameras, fontsize=8)
     overall.invert_yaxis()
-    if title: fig.suptitle(title)
+    if title:
+        fig.suptitle(title)
     return fig
 
 # %% ../nbs/05a_evolution.ipynb #019603f9
 def _film_maps(history):
     "(title, colours (E, M, 3) of the dots) of each map of the film: clusters, then what else is known."
     import matplotlib as mpl
+
     at, n = history.index, len(history.epochs)
     labels, sure = history.labels[:, at], history.confidence[:, at]
     low, high = np.percentile(sure, [2, 98])
-    steps = mpl.colormaps['viridis'](np.round(np.clip((sure - low) / max(high - low, 1e-9), 0, 1) * 15) / 15)[..., :3]    # 16 shades: fewer bytes
+    # 16 shades: fewer bytes
+    steps = mpl.colormaps['viridis'](np.round(np.clip((sure - low) / max(high - low, 1e-9), 0, 1) * 15) / 15)[
+        ..., :3
+    ]
     colors = cluster_colors(labels, history.maps)
     maps = [('clusters', [_paint(l, colors) for l in labels])]
-    if history.camids is not None: maps.append(('cameras', [_paint(history.camids[at], np.array([mpl.colors.to_rgb(c) for c in _COLOURS]))] * n))
+    if history.camids is not None:
+        maps.append(
+            ('cameras', [_paint(history.camids[at], np.array([mpl.colors.to_rgb(c) for c in _COLOURS]))] * n)
+        )
     if history.pids is not None:
         people, who = np.unique(history.pids[at], return_inverse=True)
         who = np.where(people[who] < 0, -1, who - (people[0] < 0))
         maps.append(('people (true)', [_paint(who, cluster_colors(who, history.maps[-1]))] * n))
     return maps + [(f'confidence, {low:.2f} to {high:.2f}', steps)]
 
+
 def _paint(groups, colors):
     "Rows of `colors`, over and over, by group; pale for the unknown."
     from matplotlib.colors import to_rgb
-    return np.where((groups < 0)[:, None], to_rgb(_PALE), colors[groups % len(colors)] if len(colors) else to_rgb(_PALE))
+
+    return np.where(
+        (groups < 0)[:, None], to_rgb(_PALE), colors[groups % len(colors)] if len(colors) else to_rgb(_PALE)
+    )
+
 
 def _film_numbers(history, signs, e):
     "Names and values of what is written beside epoch `e`'s maps."
-    lines = [('epoch', f'{history.epochs[e] + 1} of {history.epochs[-1] + 1}'), ('clusters', f'{signs["n_clusters"][e]:.0f}'), ('outliers', f'{signs["n_outliers"][e]:,.0f}')]
-    lines += [(_NAMES[k], f'{signs[k][e]:.2f}') for k in ('ami', 'camera_ami') if k in signs and np.isfinite(signs[k][e])]
-    if 'mAP' in signs and np.isfinite(signs['mAP'][e]): lines.append(('mAP', f'{signs["mAP"][e]:.1%}'))
+    lines = [
+        ('epoch', f'{history.epochs[e] + 1} of {history.epochs[-1] + 1}'),
+        ('clusters', f'{signs["n_clusters"][e]:.0f}'),
+        ('outliers', f'{signs["n_outliers"][e]:,.0f}'),
+    ]
+    lines += [
+        (_NAMES[k], f'{signs[k][e]:.2f}')
+        for k in ('ami', 'camera_ami')
+        if k in signs and np.isfinite(signs[k][e])
+    ]
+    if 'mAP' in signs and np.isfinite(signs['mAP'][e]):
+        lines.append(('mAP', f'{signs["mAP"][e]:.1%}'))
     known = None if history.camids is None else history.camids[history.index]
     if known is not None and (known >= 0).sum() > 1:
         bias = camera_bias(history.maps[e], known)
@@ -309,100 +535,160 @@ def _film_numbers(history, signs, e):
 # %% ../nbs/05a_evolution.ipynb #7cfd634c
 class _Film:
     "The figure of a film: maps, numbers and curves; `draw` shows one moment."
+
     def __init__(self, history, width):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+
         self.history, self.maps, self.signs = history, _film_maps(history), label_signs(history)
         self.numbers = [_film_numbers(history, self.signs, e) for e in range(len(history.epochs))]
         self.scale = width / 720
-        few = len(self.maps) - 1                                       # small maps, in a row of three places
-        self.figure = Figure((width / 120, width / 120 * .96), dpi=120)  # letters of 9 points are 15 pixels high at a width of 720
+        few = len(self.maps) - 1  # small maps, in a row of three places
+        # letters of 9 points are 15 pixels high at a width of 720
+        self.figure = Figure((width / 120, width / 120 * 0.96), dpi=120)
         FigureCanvasAgg(self.figure)
-        boxes = [(.01, .375, .572, .572 / .96)] + [(.01 + .333 * k, .012, .313, .313 / .96) for k in range(few)]
-        self.clouds = [self._cloud(box, title, 1 if k else 3) for k, (box, (title, _)) in enumerate(zip(boxes, self.maps))]
-        write = lambda x, align: self.figure.text(x, .975, '', size=9 * self.scale, va='top', ha=align, linespacing=1.45)
-        self.names, self.values = write(.61, 'left'), write(.985, 'right')
-        self.now = self._draw_curves((.655, .445, .335, .215))
-        if _sample_note(history): self.figure.text(.985, .36, _sample_note(history), size=7 * self.scale, ha='right', va='bottom')
+        boxes = [(0.01, 0.375, 0.572, 0.572 / 0.96)] + [
+            (0.01 + 0.333 * k, 0.012, 0.313, 0.313 / 0.96) for k in range(few)
+        ]
+        self.clouds = [
+            self._cloud(box, title, 1 if k else 3)
+            for k, (box, (title, _)) in enumerate(zip(boxes, self.maps))
+        ]
+        write = lambda x, align: self.figure.text(
+            x, 0.975, '', size=9 * self.scale, va='top', ha=align, linespacing=1.45
+        )
+        self.names, self.values = write(0.61, 'left'), write(0.985, 'right')
+        self.now = self._draw_curves((0.655, 0.445, 0.335, 0.215))
+        if _sample_note(history):
+            self.figure.text(0.985, 0.36, _sample_note(history), size=7 * self.scale, ha='right', va='bottom')
 
     def _cloud(self, box, title, size):
         ax = self.figure.add_axes(box, xticks=[], yticks=[], aspect='equal')
         ax.set_title(title, size=9 * self.scale, pad=3)
-        ax.spines[:].set(linewidth=.5, color='#bbbbbb')
-        size *= 5 * self.scale ** 2 * min(1, (1500 / len(self.history.index)) ** .5)
-        rough = dict(antialiased=False)                                # smooth edges would double the bytes
-        return ax, ax.scatter([], [], s=size, marker='x', c=_GREY, linewidths=.6, **rough), ax.scatter([], [], s=1.2 * size, linewidths=0, **rough)
+        ax.spines[:].set(linewidth=0.5, color='#bbbbbb')
+        size *= 5 * self.scale**2 * min(1, (1500 / len(self.history.index)) ** 0.5)
+        rough = dict(antialiased=False)  # smooth edges would double the bytes
+        return (
+            ax,
+            ax.scatter([], [], s=size, marker='x', c=_GREY, linewidths=0.6, **rough),
+            ax.scatter([], [], s=1.2 * size, linewidths=0, **rough),
+        )
 
     def _draw_curves(self, box):
         ax = self.figure.add_axes(box)
-        shown = [k for k in ('ami', 'camera_ami', 'mAP') if k in self.signs] if {'ami', 'camera_ami', 'mAP'} & self.signs.keys() else ['stability', 'confidence']
+        shown = (
+            [k for k in ('ami', 'camera_ami', 'mAP') if k in self.signs]
+            if {'ami', 'camera_ami', 'mAP'} & self.signs.keys()
+            else ['stability', 'confidence']
+        )
         for c, name in enumerate(shown):
             known = np.isfinite(self.signs[name])
-            ax.plot(self.history.epochs[known] + 1, self.signs[name][known], color=_COLOURS[c], marker=_MARKERS[c], markersize=2.5, linewidth=1, label=_NAMES[name])
+            ax.plot(
+                self.history.epochs[known] + 1,
+                self.signs[name][known],
+                color=_COLOURS[c],
+                marker=_MARKERS[c],
+                markersize=2.5,
+                linewidth=1,
+                label=_NAMES[name],
+            )
         ax.set_ylim(min(0, *(np.nanmin(self.signs[n], initial=0) for n in shown), 0), 1.02)
         ax.tick_params(labelsize=7.5 * self.scale)
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.set_xlabel('epoch', size=8 * self.scale)
-        ax.legend(fontsize=7 * self.scale, frameon=False, loc='lower left', bbox_to_anchor=(-.18, 1), ncols=len(shown), handlelength=1.2, columnspacing=.7, handletextpad=.4)
+        ax.legend(
+            fontsize=7 * self.scale,
+            frameon=False,
+            loc='lower left',
+            bbox_to_anchor=(-0.18, 1),
+            ncols=len(shown),
+            handlelength=1.2,
+            columnspacing=0.7,
+            handletextpad=0.4,
+        )
         return ax.axvline(1, color='#333333', linewidth=1)
 
     def draw(self, e, at, maps=None):
-        "Epoch `e`'s colours and numbers at the places `at` (M, 2), scaled to their own cloud, on the first `maps` maps; None: on all."
+        """Epoch `e`'s colours and numbers at the places `at` (M, 2), scaled to their own cloud, on the
+        first `maps` maps; None: on all."""
         out = self.history.labels[e][self.history.index] < 0
         (left, bottom), (right, top) = at.min(0), at.max(0)
-        half = .53 * max(right - left, top - bottom) + 1e-6
+        half = 0.53 * max(right - left, top - bottom) + 1e-6
         for (ax, crosses, dots), (_, colours) in zip(self.clouds[:maps], self.maps):
             pixel = 2 * half / ax.bbox.width
-            places = np.round((at - [left, bottom]) / pixel) * pixel + [left, bottom]      # whole pixels: equal dots, which compress better
+            # whole pixels: equal dots, which compress better
+            places = np.round((at - [left, bottom]) / pixel) * pixel + [left, bottom]
             crosses.set_offsets(places[out])
             dots.set_offsets(places[~out])
             dots.set_facecolors(colours[e][~out])
-            ax.set(xlim=((left + right) / 2 - half, (left + right) / 2 + half), ylim=((bottom + top) / 2 - half, (bottom + top) / 2 + half))
-        for text, column in ((self.names, 0), (self.values, 1)): text.set_text('\n'.join(line[column] for line in self.numbers[e]))
+            ax.set(
+                xlim=((left + right) / 2 - half, (left + right) / 2 + half),
+                ylim=((bottom + top) / 2 - half, (bottom + top) / 2 + half),
+            )
+        for text, column in ((self.names, 0), (self.values, 1)):
+            text.set_text('\n'.join(line[column] for line in self.numbers[e]))
         self.now.set_xdata([self.history.epochs[e] + 1] * 2)
 
     def image(self):
         "What is drawn, as pixels."
         from PIL import Image
+
         self.figure.canvas.draw()
         return Image.fromarray(np.asarray(self.figure.canvas.buffer_rgba())[..., :3])
 
 # %% ../nbs/05a_evolution.ipynb #92e3ef91
 def _moments(history, between, hold):
-    "What `_Film.draw` takes, and seconds, of every picture of a film: epochs stand still; between them the large map glides, and the small ones wait, which halves the bytes."
-    maps = [(m - (m.min(0) + m.max(0)) / 2) / max(np.ptp(m, 0).max(), 1e-6) for m in history.need_maps()]      # all of one width
+    """What `_Film.draw` takes, and seconds, of every picture of a film: epochs stand still; between them
+    the large map glides, and the small ones wait, which halves the bytes."""
+    # all of one width
+    maps = [(m - (m.min(0) + m.max(0)) / 2) / max(np.ptp(m, 0).max(), 1e-6) for m in history.need_maps()]
     yield (0, maps[0]), hold
     for e in range(1, len(maps)):
         for t in np.arange(1, between + 1) / (between + 1):
             glide = t * t * (3 - 2 * t)
-            yield (e - 1, maps[e - 1] * (1 - glide) + maps[e] * glide, 1), .06
+            yield (e - 1, maps[e - 1] * (1 - glide) + maps[e] * glide, 1), 0.06
         yield (e, maps[e]), hold * (3 if e == len(maps) - 1 else 1)
+
 
 def _sample_note(history):
     "'1,000 of 12,936 images, drawn at random' where the map shows a sample."
     n, m = history.labels.shape[1], len(history.index)
     return '' if m == n else f'{m:,} of {n:,} images, drawn at random'
 
+
 def _encoded(frames, seconds, kind='PNG', colours=64):
     "Pictures as one animated image on one palette, made for the first, middle and last together."
     from PIL import Image
+
     some = Image.fromarray(np.concatenate([np.asarray(frames[k]) for k in (0, len(frames) // 2, -1)]))
     palette = some.quantize(colours, Image.Quantize.MAXCOVERAGE, dither=0)
     small, out = [f.quantize(palette=palette, dither=0) for f in frames], io.BytesIO()
-    if kind == 'WEBP': small = [f.convert('RGB') for f in small]
+    if kind == 'WEBP':
+        small = [f.convert('RGB') for f in small]
     lossless = dict(lossless=True) if kind == 'WEBP' else dict(optimize=True)
-    small[0].save(out, kind, save_all=True, append_images=small[1:], duration=[round(1000 * s) for s in seconds], loop=0, **lossless)
+    small[0].save(
+        out,
+        kind,
+        save_all=True,
+        append_images=small[1:],
+        duration=[round(1000 * s) for s in seconds],
+        loop=0,
+        **lossless,
+    )
     return out.getvalue()
 
 # %% ../nbs/05a_evolution.ipynb #556d7b6a
-def animate_evolution(history: History,   # with maps
-                      between: int = 1,   # pictures between two epochs
-                      width: int = 720,   # pixels
-                      hold: float = .7,   # seconds an epoch stands still
-                      kind: str = 'png',  # 'png', which plays wherever a picture is shown; 'gif', or 'webp'
-                     ) -> bytes:          # an animated image; IPython.display.Image(data=…, format='png') shows it
-    "The film of a run: maps of clusters, confidence, and cameras and people where known, with the numbers of each epoch. ValueError for a run without maps."
-    if kind not in ('png', 'gif', 'webp'): raise ValueError(f"kind must be 'png', 'gif' or 'webp'; got {kind!r}")
+def animate_evolution(
+    history: History,  # with maps
+    between: int = 1,  # pictures between two epochs
+    width: int = 720,  # pixels
+    hold: float = 0.7,  # seconds an epoch stands still
+    kind: str = 'png',  # 'png', which plays wherever a picture is shown; 'gif', or 'webp'
+) -> bytes:  # an animated image; IPython.display.Image(data=…, format='png') shows it
+    """The film of a run: maps of clusters, confidence, and cameras and people where known, with the
+    numbers of each epoch. ValueError for a run without maps."""
+    if kind not in ('png', 'gif', 'webp'):
+        raise ValueError(f"kind must be 'png', 'gif' or 'webp'; got {kind!r}")
     history.need_maps()
     film, frames, seconds = _Film(history, width), [], []
     for moment, time in _moments(history, between, hold):
@@ -412,31 +698,42 @@ def animate_evolution(history: History,   # with maps
     return _encoded(frames, seconds, kind.upper())
 
 # %% ../nbs/05a_evolution.ipynb #f51b859d
-def save_film(history: History,   # with maps
-              path,               # film.mp4 or film.webm (these need the program ffmpeg), film.png, film.gif or film.webp
-              between: int = 8,   # pictures between two epochs
-              width: int = 960,   # pixels
-              hold: float = .7,   # seconds an epoch stands still
-             ) -> Path:           # the file
-    "Writes the film of a run. ValueError for another kind of file or a run without maps, FileNotFoundError for a video where ffmpeg is missing."
+def save_film(
+    history: History,  # with maps
+    path,  # film.mp4 or film.webm (these need the program ffmpeg), film.png, film.gif or film.webp
+    between: int = 8,  # pictures between two epochs
+    width: int = 960,  # pixels
+    hold: float = 0.7,  # seconds an epoch stands still
+) -> Path:  # the file
+    """Writes the film of a run. ValueError for another kind of file or a run without maps,
+    FileNotFoundError for a video where ffmpeg is missing."""
     path = Path(path)
     kind, codecs = path.suffix.lower().lstrip('.'), dict(mp4='h264', webm='libvpx-vp9')
-    if kind not in (*codecs, 'png', 'gif', 'webp'): raise ValueError(f"a film is written as .mp4, .webm, .png, .gif or .webp; got '{path.name}'")
-    if kind in codecs: _write_video(history, path, codecs[kind], between, width, hold)
-    else: path.write_bytes(animate_evolution(history, between, width, hold, kind))
+    if kind not in (*codecs, 'png', 'gif', 'webp'):
+        raise ValueError(f"a film is written as .mp4, .webm, .png, .gif or .webp; got '{path.name}'")
+    if kind in codecs:
+        _write_video(history, path, codecs[kind], between, width, hold)
+    else:
+        path.write_bytes(animate_evolution(history, between, width, hold, kind))
     return path
 
 # %% ../nbs/05a_evolution.ipynb #eceff397
 def _write_video(history, path, codec, between, width, hold, fps=16):
     "Sixteen pictures a second, of which those of an epoch that stands still are many and alike."
     from matplotlib.animation import FFMpegWriter
+
     if not FFMpegWriter.isAvailable():
-        raise FileNotFoundError(f"{path.name} needs the program ffmpeg, which is not installed here (`apt install ffmpeg`, `conda install ffmpeg`); .png, .gif and .webp need none")
+        raise FileNotFoundError(
+            f"{path.name} needs the program ffmpeg, which is not installed here (`apt install ffmpeg`, `conda"
+            " install ffmpeg`); .png, .gif and .webp need none"
+        )
     history.need_maps()
     film = _Film(history, width // 2 * 2)
-    film.figure.set_size_inches(film.figure.get_figwidth(), round(film.figure.get_figheight() * 60) / 60)      # codecs want an even number of pixels
+    # codecs want an even number of pixels
+    film.figure.set_size_inches(film.figure.get_figwidth(), round(film.figure.get_figheight() * 60) / 60)
     writer = FFMpegWriter(fps=fps, codec=codec, extra_args=['-pix_fmt', 'yuv420p', '-crf', '24'])
     with writer.saving(film.figure, str(path), dpi=film.figure.dpi):
         for moment, seconds in _moments(history, between, hold):
             film.draw(*moment)
-            for _ in range(max(1, round(seconds * fps))): writer.grab_frame()
+            for _ in range(max(1, round(seconds * fps))):
+                writer.grab_frame()

@@ -7,12 +7,13 @@ __all__ = ['SHARED', 'BENCHMARKS', 'RECIPES', 'ANCESTOR', 'recipe', 'start', 'co
 
 # %% ../nbs/09_experiments.ipynb #05773ce4
 import shlex
-from dataclasses import fields
 
 from .config import CITY_BATCH, RECIPE_PARTS, Config, changes
 
 # %% ../nbs/09_experiments.ipynb #25e5f423
-SHARED = dict(num_epochs=60, loss_with_camera=True, warmup_with_dbscan=True, hdc_outlier=True, hdc_centroids=True)
+SHARED = dict(
+    num_epochs=60, loss_with_camera=True, warmup_with_dbscan=True, hdc_outlier=True, hdc_centroids=True
+)
 BENCHMARKS = {
     'market1501': dict(num_clusters=750, iters=200),
     'msmt17': dict(num_clusters=1000, iters=400),
@@ -20,39 +21,84 @@ BENCHMARKS = {
 }
 
 # %% ../nbs/09_experiments.ipynb #17c25365
-RECIPES = {f'{dataset}-{clustering}': dict(dataset=dataset, clustering=clustering) | own | SHARED
-           for dataset, own in BENCHMARKS.items() for clustering in ('hdc', 'dbscan', 'kmeans')}
+RECIPES = {
+    f'{dataset}-{clustering}': dict(dataset=dataset, clustering=clustering) | own | SHARED
+    for dataset, own in BENCHMARKS.items()
+    for clustering in ('hdc', 'dbscan', 'kmeans')
+}
 RECIPES['veri-hdc-script'] = RECIPES['veri-hdc'] | dict(hdc_outlier=False)
-RECIPES['market1501-vit'] = RECIPES['market1501-hdc'] | dict(                         # ours, and never run: no number stands behind it
-    arch='timm:vit_small_patch16_224.dino', pooling_type='token', freeze_patches=True, optimizer='sgd')
-ANCESTOR = dict(clustering='dbscan', cm_mode='cm', loss_with_camera=False, no_cam=True, warmup_with_dbscan=False)    # 3C without cameras
+# ours, and never run: no number stands behind it
+RECIPES['market1501-vit'] = RECIPES['market1501-hdc'] | dict(
+    arch='timm:vit_small_patch16_224.dino', pooling_type='token', freeze_patches=True, optimizer='sgd'
+)
+# 3C without cameras
+ANCESTOR = dict(
+    clustering='dbscan', cm_mode='cm', loss_with_camera=False, no_cam=True, warmup_with_dbscan=False
+)
 RECIPES['city'] = dict(
-    dataset='city', arch='resnet18', resnet_pretrained='none', height=64, width=32, pad=3, num_workers=4, num_clusters=90, jaccard_k1=20, loss_with_camera=True, hdc_outlier=True,
-    hdc_centroids=True, **CITY_BATCH, iters=25, num_epochs=16, warmup_iters=0, lr_steps=12, eval_step_epoch=1)
+    dataset='city',
+    arch='resnet18',
+    resnet_pretrained='none',
+    height=64,
+    width=32,
+    pad=3,
+    num_workers=4,
+    num_clusters=90,
+    jaccard_k1=20,
+    loss_with_camera=True,
+    hdc_outlier=True,
+    hdc_centroids=True,
+    **CITY_BATCH,
+    iters=25,
+    num_epochs=16,
+    warmup_iters=0,
+    lr_steps=12,
+    eval_step_epoch=1,
+)
 RECIPES['city-study'] = RECIPES['city'] | dict(
-    arch='small', lr=2e-3, channels_last='on', iters=16, num_epochs=10, warmup_iters=2, warmup_with_dbscan=True, lr_steps=6, eval_step_epoch=2, maps=False, num_workers=1, seed=1)
-for dataset, own in (('market1501', 'market1501-dbscan'), ('city', 'city')):                 # the ancestors of 3C, as baselines; ours, not published settings
+    arch='small',
+    lr=2e-3,
+    channels_last='on',
+    iters=16,
+    num_epochs=10,
+    warmup_iters=2,
+    warmup_with_dbscan=True,
+    lr_steps=6,
+    eval_step_epoch=2,
+    maps=False,
+    num_workers=1,
+    seed=1,
+)
+# the ancestors of 3C, as baselines; ours, not published settings
+for dataset, own in (('market1501', 'market1501-dbscan'), ('city', 'city')):
     RECIPES[f'{dataset}-cluster-contrast'] = RECIPES[own] | ANCESTOR
-    RECIPES[f'{dataset}-spcl-like'] = RECIPES[own] | ANCESTOR | dict(cm_momentum=.2)         # with a label maker of its own: RECIPE_PARTS
+    # with a label maker of its own: RECIPE_PARTS
+    RECIPES[f'{dataset}-spcl-like'] = RECIPES[own] | ANCESTOR | dict(cm_momentum=0.2)
 
 # %% ../nbs/09_experiments.ipynb #f7942574
-def recipe(name: str,  # one of `RECIPES`
-           **settings) -> Config:  # fields of Config that shall differ from the recipe
+def recipe(
+    name: str,  # one of `RECIPES`
+    **settings,
+) -> Config:  # fields of Config that shall differ from the recipe
     "The settings of a recipe; ValueError for a name that is none."
-    if name not in RECIPES: raise ValueError(f'recipe must be one of {", ".join(RECIPES)}, got {name!r}')
+    if name not in RECIPES:
+        raise ValueError(f'recipe must be one of {", ".join(RECIPES)}, got {name!r}')
     return Config(**RECIPES[name] | dict(recipe=name) | settings)
 
 # %% ../nbs/09_experiments.ipynb #2e229db3
 def start(dataset: str) -> Config:  # name of a data set
-    "What `ccc train --dataset …` starts from: the recipe `city` for the city, the published defaults for any other."
-    if dataset == 'city': return recipe('city')
+    """What `ccc train --dataset …` starts from: the recipe `city` for the city, the published defaults for
+    any other."""
+    if dataset == 'city':
+        return recipe('city')
     return Config(dataset=dataset, root_dir='.') if dataset == 'folder' else Config(dataset=dataset)
 
 # %% ../nbs/09_experiments.ipynb #a0f61ad0
 def _option(name, value):
     "One setting as words of a command line."
     flag = name.replace('_', '-')
-    if isinstance(value, bool): return [f'--{flag}' if value else f'--no-{flag}']
+    if isinstance(value, bool):
+        return [f'--{flag}' if value else f'--no-{flag}']
     return [f'--{flag}', shlex.quote(str(value))]
 
 # %% ../nbs/09_experiments.ipynb #cbbe855e

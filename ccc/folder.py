@@ -18,176 +18,294 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 # %% ../nbs/01b_folder.ipynb #07edcc45
-_RUN = {'labels', 'checkpoints', 'figures'}       # folders of every run
+_RUN = {'labels', 'checkpoints', 'figures'}  # folders of every run
 _CITY = {'bounding_box_train', 'query', 'bounding_box_test'}
 
+
 def _is_run(folder, names):  # the names in it
-    "Whether a folder is a run: by the settings in its config.json; where these are damaged, by its parts, too."
-    if 'config.json' not in names: return False
-    try: content = json.loads(Path(folder, 'config.json').read_text(encoding='utf-8'))
-    except (ValueError, OSError, RecursionError): content = None
-    if not isinstance(content, dict): return _RUN <= names
+    """Whether a folder is a run: by the settings in its config.json; where these are damaged, by its
+    parts, too."""
+    if 'config.json' not in names:
+        return False
+    try:
+        content = json.loads(Path(folder, 'config.json').read_text(encoding='utf-8'))
+    except (ValueError, OSError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        return _RUN <= names
     config = content.get('config')
     return isinstance(config, dict) and {'dataset', 'root_dir', 'log_dir'} <= config.keys()
+
 
 def _is_city(folder, names):
     "Whether a folder is a rendered city, or one that is being drawn."
     return bool(re.fullmatch(r'city-[0-9a-f]{10}(-\w+\.tmp)?', Path(folder).name)) and names <= _CITY
 
 # %% ../nbs/01b_folder.ipynb #0d95e942
-def walk_folder(folder: str | Path,  # an existing one
-               ) -> tuple:  # files and own outputs, both paths below it with '/' between the parts, sorted
-    "Every file below a folder but hidden ones, and the runs and cities that were left out; links are followed, and no folder is entered twice."
+def walk_folder(
+    folder: str | Path,  # an existing one
+) -> tuple:  # files and own outputs, both paths below it with '/' between the parts, sorted
+    """Every file below a folder but hidden ones, and the runs and cities that were left out; links are
+    followed, and no folder is entered twice."""
     files, own, folders, links = [], [], [''], []
-    entered = {(a.st_dev, a.st_ino) for a in map(os.stat, Path(folder).resolve().parents)}      # a link back up would bring in what lies beside
+    # a link back up would bring in what lies beside
+    entered = {(a.st_dev, a.st_ino) for a in map(os.stat, Path(folder).resolve().parents)}
     while folders or links:
         below = (folders or links).pop()
         at = os.stat(Path(folder, below))
-        if (at.st_dev, at.st_ino) in entered: continue
+        if (at.st_dev, at.st_ino) in entered:
+            continue
         entered.add((at.st_dev, at.st_ino))
-        with os.scandir(Path(folder, below)) as listed: entries = sorted((e for e in listed if not e.name.startswith('.')), key=lambda e: e.name, reverse=True)
+        with os.scandir(Path(folder, below)) as listed:
+            entries = sorted(
+                (e for e in listed if not e.name.startswith('.')), key=lambda e: e.name, reverse=True
+            )
         names = {e.name for e in entries}
         if below and (_is_run(Path(folder, below), names) or _is_city(Path(folder, below), names)):
             own.append(below.removesuffix('/'))
             continue
         for e in entries:
             linked = e.is_symlink()
-            inside = os.path.isdir(e.path) if linked else e.is_dir()       # asked of a link that leads to itself, e.is_dir() is an error
-            (links if linked and inside else folders if inside else files).append(below + e.name + '/' * inside)
+            # asked of a link that leads to itself, e.is_dir() is an error
+            inside = os.path.isdir(e.path) if linked else e.is_dir()
+            (links if linked and inside else folders if inside else files).append(
+                below + e.name + '/' * inside
+            )
     return sorted(files), sorted(own)
 
-def walk_files(folder: str | Path) -> list:  # of an existing folder: paths below it, '/' between the parts, sorted
+
+def walk_files(
+    folder: str | Path,
+) -> list:  # of an existing folder: paths below it, '/' between the parts, sorted
     "The files of `walk_folder`."
     return walk_folder(folder)[0]
+
 
 def inside_run(path: str | Path) -> Path | None:
     "The run that a file or folder lies in, or is; None for most."
     path = Path(path).expanduser().absolute()
     for folder in (path, *path.parents):
-        if (folder / 'config.json').exists() and _is_run(folder, {'config.json', *(name for name in _RUN if (folder / name).is_dir())}): return folder
+        if (folder / 'config.json').exists() and _is_run(
+            folder, {'config.json', *(name for name in _RUN if (folder / name).is_dir())}
+        ):
+            return folder
 
 # %% ../nbs/01b_folder.ipynb #191b18ae
-_NO_RASTER = {'BUFR', 'EPS', 'GRIB', 'HDF5', 'IPTC', 'MPEG', 'WMF'}      # drawings, and headers that Pillow knows without a decoder
+# drawings, and headers that Pillow knows without a decoder
+_NO_RASTER = {'BUFR', 'EPS', 'GRIB', 'HDF5', 'IPTC', 'MPEG', 'WMF'}
 Image.init()
-FORMATS = tuple(f for f in Image.OPEN if f not in _NO_RASTER)            # nothing else is tried, whatever a file is called: EPS would start Ghostscript
+# nothing else is tried, whatever a file is called: EPS would start Ghostscript
+FORMATS = tuple(f for f in Image.OPEN if f not in _NO_RASTER)
 IMAGES = tuple(sorted(s for s, f in Image.registered_extensions().items() if f in (*FORMATS, 'MPO')))
+
 
 def image_files(folder: str | Path) -> list:  # as of `walk_files`
     "The files below a folder whose names say that they are images: all raster formats of Pillow."
     return [f for f in walk_files(folder) if f.lower().endswith(IMAGES)]
 
 # %% ../nbs/01b_folder.ipynb #41b37a0a
-_UNKNOWN = set('na n/a #n/a #na nan null none nil nat <na> (null) missing unknown unk undefined - -- ? ??'.split())
+_UNKNOWN = set(
+    'na n/a #n/a #na nan null none nil nat <na> (null) missing unknown unk undefined - -- ? ??'.split()
+)
 _WHOLE = re.compile(r'\+?0*(\d+)(?:\.0*)?', re.ASCII)
 _ROUNDED = re.compile(r'\d[.,]\d+E\+\d+', re.ASCII)
 
-def _empty(value): return value is None or str(value).strip() == '' or not isinstance(value, str) and str(value) in ('nan', 'NaT', '<NA>')
+
+def _empty(value):
+    return (
+        value is None
+        or str(value).strip() == ''
+        or not isinstance(value, str)
+        and str(value) in ('nan', 'NaT', '<NA>')
+    )
+
 
 def _word(value):
     "An identity or a camera as text: '' where empty, whole numbers in one form."
-    if _empty(value): return ''
+    if _empty(value):
+        return ''
     if isinstance(value, (float, np.floating)):
-        if abs(value) >= 2 ** 53: raise ValueError(f'numbers of more than 15 digits must be text: as floats they are rounded, got {value!r}')
-        if float(value).is_integer(): value = int(value)
+        if abs(value) >= 2**53:
+            raise ValueError(
+                f'numbers of more than 15 digits must be text: as floats they are rounded, got {value!r}'
+            )
+        if float(value).is_integer():
+            value = int(value)
     text = unicodedata.normalize('NFC', str(value).strip())
-    if _ROUNDED.fullmatch(text): raise ValueError(f'numbers must have all their digits: a spreadsheet has rounded {text!r}; store the column as text')
+    if _ROUNDED.fullmatch(text):
+        raise ValueError(
+            f'numbers must have all their digits: a spreadsheet has rounded {text!r}; store the column as'
+            ' text'
+        )
     whole = _WHOLE.fullmatch(text)
     return whole[1] if whole else text
 
-def _is_unknown(word): return word == '' or word.lower() in _UNKNOWN or bool(re.fullmatch(r'[-\u2212]\d+(\.0*)?', word, re.ASCII))
 
-def unknown_words(values  # as of `number_names`
-                 ) -> dict:  # word -> how often
+def _is_unknown(word):
+    return (
+        word == '' or word.lower() in _UNKNOWN or bool(re.fullmatch(r'[-\u2212]\d+(\.0*)?', word, re.ASCII))
+    )
+
+
+def unknown_words(
+    values,  # as of `number_names`
+) -> dict:  # word -> how often
     "The words, other than an empty cell, that are taken for unknown."
     words = Counter(map(_word, values))
     return {w: n for w, n in sorted(words.items()) if w and _is_unknown(w)}
 
-def number_names(values,  # numbers or names; empty: None, NaN, '', and words such as NA, null, unknown, -1
-                ) -> tuple:  # (N,) int64, -1 where empty; whether all were whole numbers of 64 bits
+
+def number_names(
+    values,  # numbers or names; empty: None, NaN, '', and words such as NA, null, unknown, -1
+) -> tuple:  # (N,) int64, -1 where empty; whether all were whole numbers of 64 bits
     "Whole numbers from 0 as they are; if there is anything else, all numbered in sorted order."
     words = [_word(v) for v in values]
     names = sorted(w for w in set(words) if not _is_unknown(w))
-    whole = all(n.isascii() and n.isdigit() and len(n) < 20 and int(n) < 2 ** 63 for n in names)
+    whole = all(n.isascii() and n.isdigit() and len(n) < 20 and int(n) < 2**63 for n in names)
     number = {n: int(n) if whole else i for i, n in enumerate(names)}
     return np.array([number.get(w, -1) for w in words], np.int64), whole
 
 # %% ../nbs/01b_folder.ipynb #741324b8
-_MARKS = ((codecs.BOM_UTF8, 'utf-8-sig'), (codecs.BOM_UTF32_LE, 'utf-32'), (codecs.BOM_UTF32_BE, 'utf-32'), (codecs.BOM_UTF16_LE, 'utf-16'), (codecs.BOM_UTF16_BE, 'utf-16'))
+_MARKS = (
+    (codecs.BOM_UTF8, 'utf-8-sig'),
+    (codecs.BOM_UTF32_LE, 'utf-32'),
+    (codecs.BOM_UTF32_BE, 'utf-32'),
+    (codecs.BOM_UTF16_LE, 'utf-16'),
+    (codecs.BOM_UTF16_BE, 'utf-16'),
+)
+
 
 def read_text(path: str | Path) -> tuple:  # the text, and the encoding it was read with
-    "A text file in UTF-8, UTF-16 or UTF-32, with a byte order mark or without; else as Windows writes Western European. ValueError with the name of a damaged one."
+    """A text file in UTF-8, UTF-16 or UTF-32, with a byte order mark or without; else as Windows writes
+    Western European. ValueError with the name of a damaged one."""
     data = Path(path).read_bytes()
     marked = [name for mark, name in _MARKS if data.startswith(mark)]
-    without = ['utf-16-le' if data[1:2] == b'\0' else 'utf-16-be'] if data[:2].count(0) == 1 else ['utf-8', 'cp1252', 'latin-1']
+    without = (
+        ['utf-16-le' if data[1:2] == b'\0' else 'utf-16-be']
+        if data[:2].count(0) == 1
+        else ['utf-8', 'cp1252', 'latin-1']
+    )
     for name in marked or without:
-        try: return data.decode(name), name
-        except UnicodeDecodeError: pass
+        try:
+            return data.decode(name), name
+        except UnicodeDecodeError:
+            pass
     raise ValueError(f'{path} must be text, got bytes that are no {(marked or without)[0]}')
 
 # %% ../nbs/01b_folder.ipynb #4875985b
 _SEPARATORS = ',;\t|'
-_MEANINGS = dict(path='path file filename filepath image imagepath imagename imagefile imgpath imgname img'.split(),
-                 pid='pid personid person identity identityid pids personids'.split(),
-                 camid='camid cam camera cameraid camids'.split(), split='split subset partition'.split())
+_MEANINGS = dict(
+    path='path file filename filepath image imagepath imagename imagefile imgpath imgname img'.split(),
+    pid='pid personid person identity identityid pids personids'.split(),
+    camid='camid cam camera cameraid camids'.split(),
+    split='split subset partition'.split(),
+)
 
-def _plain(name): return re.sub(r'[\W_]+', '', str(name)).lower()        # ' Person_ID' is personid
+
+def _plain(name):
+    return re.sub(r'[\W_]+', '', str(name)).lower()  # ' Person_ID' is personid
+
 
 def _meanings(names, table):
     "What is meant -> column; ValueError where two columns mean the same, or none is the path."
     columns = {}
     for meaning, words in _MEANINGS.items():
         alike = [n for n in names if str(n) == meaning] or [n for n in names if _plain(n) in words]
-        if len(alike) > 1: raise ValueError(f'{table} must have one column for {meaning}, got {alike}')
-        if alike: columns[meaning] = alike[0]
-    if 'path' not in columns: raise ValueError(f"{table} needs a column 'path' and at least one row, got columns {list(names)}")
+        if len(alike) > 1:
+            raise ValueError(f'{table} must have one column for {meaning}, got {alike}')
+        if alike:
+            columns[meaning] = alike[0]
+    if 'path' not in columns:
+        raise ValueError(f"{table} needs a column 'path' and at least one row, got columns {list(names)}")
     return columns
+
 
 def _csv_columns(table):
     "Header, columns and encoding of a text table."
     text, encoding = read_text(table)
     first, _, rest = text.lstrip('\ufeff').partition('\n')
-    declared = re.fullmatch(r'sep=(.)\s*', first)                       # Excel's own line
+    declared = re.fullmatch(r'sep=(.)\s*', first)  # Excel's own line
     head = (rest if declared else first).split('\n')[0]
     paths = _MEANINGS['path']
     likely = [s for s in _SEPARATORS if any(_plain(cell) in paths for cell in head.split(s))]
     separator = declared[1] if declared else (likely or [','])[0]
-    if len(likely) > 1: separator = max(likely, key=head.count)
-    try: rows = [r for r in csv.reader(io.StringIO(rest if declared else text.lstrip('\ufeff'), newline=''), delimiter=separator, skipinitialspace=True, strict=True) if any(c.strip() for c in r)]
-    except csv.Error as e: raise ValueError(f'{table} must be a table of text, got {e}') from None
+    if len(likely) > 1:
+        separator = max(likely, key=head.count)
+    try:
+        rows = [
+            r
+            for r in csv.reader(
+                io.StringIO(rest if declared else text.lstrip('\ufeff'), newline=''),
+                delimiter=separator,
+                skipinitialspace=True,
+                strict=True,
+            )
+            if any(c.strip() for c in r)
+        ]
+    except csv.Error as e:
+        raise ValueError(f'{table} must be a table of text, got {e}') from None
     header, rows = (rows[0], rows[1:]) if rows else ([], [])
-    while header and not header[-1].strip(): header = header[:-1]        # a separator at the end of each line
+    while header and not header[-1].strip():
+        header = header[:-1]  # a separator at the end of each line
     for i, row in enumerate(rows):
-        if any(c.strip() for c in row[len(header):]): raise ValueError(f'{table} must have {len(header)} cells in each row, got {len(row)} in row {i}; quote a cell that holds {separator!r}')
+        if any(c.strip() for c in row[len(header) :]):
+            raise ValueError(
+                f'{table} must have {len(header)} cells in each row, got {len(row)} in row {i}; quote a cell'
+                f' that holds {separator!r}'
+            )
     return header, [[row[k] if k < len(row) else '' for row in rows] for k in range(len(header))], encoding
+
 
 def _columns(table):
     "Header, columns and encoding ('' where it is none) of any table."
-    if not hasattr(table, 'to_dict') and Path(table).suffix.lower() != '.parquet': return _csv_columns(table)
+    if not hasattr(table, 'to_dict') and Path(table).suffix.lower() != '.parquet':
+        return _csv_columns(table)
     frame = table if hasattr(table, 'to_dict') else _read_parquet(table)
     return list(frame.columns), [frame.iloc[:, k].tolist() for k in range(frame.shape[1])], ''
 
+
 def _read_parquet(table):
-    try: import pandas
-    except ImportError as e: raise ImportError("Parquet needs `pip install 'ccc-reid[tables]'` (pandas and pyarrow)") from e
-    try: return pandas.read_parquet(table)
-    except (FileNotFoundError, ImportError): raise
-    except Exception as e: raise ValueError(f'{table} must be a Parquet file, got {type(e).__name__}: {str(e)[:120]}') from e
+    try:
+        import pandas
+    except ImportError as e:
+        raise ImportError("Parquet needs `pip install 'ccc-reid[tables]'` (pandas and pyarrow)") from e
+    try:
+        return pandas.read_parquet(table)
+    except (FileNotFoundError, ImportError):
+        raise
+    except Exception as e:
+        raise ValueError(f'{table} must be a Parquet file, got {type(e).__name__}: {str(e)[:120]}') from e
 
 # %% ../nbs/01b_folder.ipynb #3248633e
 def _file_of(root, cell, encoding):
-    "The file a cell means: as it is written, or as another system writes the same name, if that is the one that exists."
+    """The file a cell means: as it is written, or as another system writes the same name, if that is the
+    one that exists."""
     written = os.path.expanduser(str(cell))
     first = str(root / written)
-    if os.path.lexists(first): return first
-    other = [written.strip(), written.replace('\\', '/'), unicodedata.normalize('NFC', written), unicodedata.normalize('NFD', written)]
-    if encoding in ('cp1252', 'latin-1'): other.append(os.fsdecode(written.encode(encoding)))      # a name that is no UTF-8 on the disk either
+    if os.path.lexists(first):
+        return first
+    other = [
+        written.strip(),
+        written.replace('\\', '/'),
+        unicodedata.normalize('NFC', written),
+        unicodedata.normalize('NFD', written),
+    ]
+    if encoding in ('cp1252', 'latin-1'):
+        other.append(os.fsdecode(written.encode(encoding)))  # a name that is no UTF-8 on the disk either
     return next((str(root / o) for o in other if os.path.lexists(root / o)), first)
 
-_SPLIT_NAMES = dict(train=('train', 'training', 'bounding_box_train', 'image_train'), query=('query', 'queries', 'probe', 'probes', 'image_query'),
-                    gallery=('gallery', 'bounding_box_test', 'image_test'))
 
-def split_of(name: str, beside,  # all names of the splits
-            ) -> str:  # train, query, gallery, or '' for another
+_SPLIT_NAMES = dict(
+    train=('train', 'training', 'bounding_box_train', 'image_train'),
+    query=('query', 'queries', 'probe', 'probes', 'image_query'),
+    gallery=('gallery', 'bounding_box_test', 'image_test'),
+)
+
+
+def split_of(
+    name: str,
+    beside,  # all names of the splits
+) -> str:  # train, query, gallery, or '' for another
     "Which split a name means; `test` is the gallery where there is a query and no gallery."
     named = next((split for split, words in _SPLIT_NAMES.items() if name in words), '')
     roles = {split for split, words in _SPLIT_NAMES.items() if set(words) & set(beside)}
@@ -197,32 +315,64 @@ def split_of(name: str, beside,  # all names of the splits
 TABLES = ('.csv', '.tsv', '.parquet')
 SPLITS = ('train', 'query', 'gallery')
 
-def _listed(items, most=3): return ', '.join(ascii(str(i))[1:-1] for i in items[:most]) + (', …' if len(items) > most else '')
-def _count(n, one, many=None): return f'{n:,} {one if n == 1 else many or one + "s"}'
 
-def table_rows(table,  # path of a .csv, .tsv or .parquet file, or a pandas DataFrame, with a column path, and perhaps pid, camid, split
-               root: str | Path | None = None,  # relative paths start here; None: at the table, or for a DataFrame in the working folder
-              ) -> tuple:  # split -> (paths (N,) str, pids (N,) int64, camids (N,) int64), -1: unknown, in the order of the rows; and lines on what was left out
-    "What a table says of images; ValueError for a missing column, an empty table or path, or no row of a known split."
+def _listed(items, most=3):
+    return ', '.join(ascii(str(i))[1:-1] for i in items[:most]) + (', …' if len(items) > most else '')
+
+
+def _count(n, one, many=None):
+    return f'{n:,} {one if n == 1 else many or one + "s"}'
+
+
+def table_rows(
+    table,  # path of a .csv, .tsv or .parquet file, or a pandas DataFrame, with a column path, and perhaps pid, camid, split
+    root: (
+        str | Path | None
+    ) = None,  # relative paths start here; None: at the table, or for a DataFrame in the working folder
+) -> tuple:  # split -> (paths (N,) str, pids (N,) int64, camids (N,) int64), -1: unknown, in the order of the rows; and lines on what was left out
+    """What a table says of images; ValueError for a missing column, an empty table or path, or no row of a
+    known split."""
     name = 'a table' if hasattr(table, 'to_dict') else str(table)
     header, content, encoding = _columns(table)
     meanings = _meanings(header, name)
     columns = {meaning: content[header.index(column)] for meaning, column in meanings.items()}
-    if not columns['path']: raise ValueError(f"{name} needs a column 'path' and at least one row, got columns {header}")
+    if not columns['path']:
+        raise ValueError(f"{name} needs a column 'path' and at least one row, got columns {header}")
     empty = [i for i, p in enumerate(columns['path']) if _empty(p)]
-    if empty: raise ValueError(f'every row needs a path, got none in {len(empty)} rows, the first of them row {empty[0]}')
-    n, root = len(columns['path']), Path(root or ('.' if hasattr(table, 'to_dict') else Path(table).parent)).expanduser()
+    if empty:
+        raise ValueError(
+            f'every row needs a path, got none in {len(empty)} rows, the first of them row {empty[0]}'
+        )
+    n, root = (
+        len(columns['path']),
+        Path(root or ('.' if hasattr(table, 'to_dict') else Path(table).parent)).expanduser(),
+    )
     paths = np.array([_file_of(root, p, encoding) for p in columns['path']])
     runs = {parent: inside_run(parent) for parent in {os.path.dirname(p) for p in paths.tolist()}}
     ours = np.array([runs[os.path.dirname(p)] is not None for p in paths.tolist()], bool)
-    try: (pids, _), (camids, _) = (number_names(columns.get(c, [None] * n)) for c in ('pid', 'camid'))
-    except ValueError as e: raise ValueError(f'{name}: {e}') from None
+    try:
+        (pids, _), (camids, _) = (number_names(columns.get(c, [None] * n)) for c in ('pid', 'camid'))
+    except ValueError as e:
+        raise ValueError(f'{name}: {e}') from None
     said = [str(s).strip().lower() for s in columns.get('split', ['train'] * n)]
     parts = np.array([split_of(s, set(said)) for s in said])
-    if not (parts != '').any(): raise ValueError(f'split must be one of {", ".join(SPLITS)}, got {", ".join(map(repr, sorted(set(said))))}')
+    if not (parts != '').any():
+        raise ValueError(
+            f'split must be one of {", ".join(SPLITS)}, got {", ".join(map(repr, sorted(set(said))))}'
+        )
     splits = {s: tuple(a[(parts == s) & ~ours] for a in (paths, pids, camids)) for s in SPLITS}
     others = [column for column in header if column not in meanings.values()]
-    return splits, _table_notes(columns, others, Counter(s for s, part in zip(said, parts) if not part), int(ours.sum()), encoding, name, paths, pids)
+    return splits, _table_notes(
+        columns,
+        others,
+        Counter(s for s, part in zip(said, parts) if not part),
+        int(ours.sum()),
+        encoding,
+        name,
+        paths,
+        pids,
+    )
+
 
 def read_table(table, root: str | Path | None = None) -> dict:  # both and the result as of `table_rows`
     "What a table says of images."
@@ -232,35 +382,63 @@ def read_table(table, root: str | Path | None = None) -> dict:  # both and the r
 def _table_notes(columns, others, strange, ours, encoding, name, paths, pids):
     "What of a table was not used, or read in a way that may surprise."
     notes = []
-    if encoding in ('cp1252', 'latin-1'): notes.append(f'encoding: {Path(name).name} is not UTF-8; read as {encoding}, Western European')
-    if others: notes.append(f'not used: {_count(len(others), "column")} of the table: {_listed(others, 8)}')
+    if encoding in ('cp1252', 'latin-1'):
+        notes.append(f'encoding: {Path(name).name} is not UTF-8; read as {encoding}, Western European')
+    if others:
+        notes.append(f'not used: {_count(len(others), "column")} of the table: {_listed(others, 8)}')
     for column, meaning in (('pid', 'identity'), ('camid', 'camera')):
         words = unknown_words(columns.get(column, ()))
-        if words: notes.append(f'unknown: {meaning} of {_count(sum(words.values()), "row")}, by the words {_listed([f"{w} {n}" for w, n in words.items()], 8)}')
-    if strange: notes.append(f'left out: {_count(sum(strange.values()), "row")} of other splits than {", ".join(SPLITS)}: {_listed([f"{s or chr(39) * 2} {n}" for s, n in sorted(strange.items())], 8)}')
-    if ours: notes.append(f'left out: {_count(ours, "row")} with files of runs, which are our own output')
+        if words:
+            notes.append(
+                f'unknown: {meaning} of {_count(sum(words.values()), "row")}, by the words'
+                f' {_listed([f"{w} {n}" for w, n in words.items()], 8)}'
+            )
+    if strange:
+        notes.append(
+            f'left out: {_count(sum(strange.values()), "row")} of other splits than {", ".join(SPLITS)}:'
+            f' {_listed([f"{s or chr(39) * 2} {n}" for s, n in sorted(strange.items())], 8)}'
+        )
+    if ours:
+        notes.append(f'left out: {_count(ours, "row")} with files of runs, which are our own output')
     people = {}
-    for path, pid in zip(paths.tolist(), pids.tolist()): people.setdefault(path, set()).add(pid)
+    for path, pid in zip(paths.tolist(), pids.tolist()):
+        people.setdefault(path, set()).add(pid)
     twice = [Path(p).name for p, ids in people.items() if len(ids) > 1]
-    if twice: notes.append(f'contradiction: {_count(len(twice), "image")} named more than once with different identities: {_listed(twice)}')
+    if twice:
+        notes.append(
+            f'contradiction: {_count(len(twice), "image")} named more than once with different identities:'
+            f' {_listed(twice)}'
+        )
     return notes
 
 # %% ../nbs/01b_folder.ipynb #fbd12cf7
 def _to_bytes(a, colours):
     "Pixels of any number type as uint8; `colours` of the last axis are colours, the rest is alpha."
-    if a.dtype == np.uint8: return a
-    if a.dtype == bool: return a.astype(np.uint8) * 255
-    if a.dtype.kind not in 'uif': raise ValueError(f'pixels must be real numbers, got {a.dtype}')
+    if a.dtype == np.uint8:
+        return a
+    if a.dtype == bool:
+        return a.astype(np.uint8) * 255
+    if a.dtype.kind not in 'uif':
+        raise ValueError(f'pixels must be real numbers, got {a.dtype}')
     low, high = float(a.min()), float(a.max())
     sixteen = (a.dtype.kind, a.dtype.itemsize) == ('u', 2) or high > 255
     white = 1 if a.dtype.kind == 'f' else 65535 if sixteen else 255
-    slack = 1e-3 if white == 1 else 0                                     # a resized float image overshoots a little
-    if not (math.isfinite(low) and math.isfinite(high)): raise ValueError(f'pixels must be finite numbers, got {low} to {high}')
-    if low < -slack or high > white + slack: raise ValueError(f'{a.dtype} pixels must lie between 0 (black) and {white} (white), got {low:g} to {high:g}')
+    slack = 1e-3 if white == 1 else 0  # a resized float image overshoots a little
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError(f'pixels must be finite numbers, got {low} to {high}')
+    if low < -slack or high > white + slack:
+        raise ValueError(
+            f'{a.dtype} pixels must lie between 0 (black) and {white} (white), got {low:g} to {high:g}'
+        )
     seen = a[..., :colours]
     levels = 255 * (float(seen.max()) - float(seen.min())) / white
-    if 0 < levels < 15: raise ValueError(f'{a.dtype} pixels must use at least 16 of 256 grey levels, got {seen.min():g} to {seen.max():g} of {white}, which a viewer shows as one grey; stretch them to 8 bits')
+    if 0 < levels < 15:
+        raise ValueError(
+            f'{a.dtype} pixels must use at least 16 of 256 grey levels, got {seen.min():g} to {seen.max():g}'
+            f' of {white}, which a viewer shows as one grey; stretch them to 8 bits'
+        )
     return np.rint(a.astype(np.float64).clip(0, white) * (255 / white)).astype(np.uint8)
+
 
 def _from_array(a):
     "An array or tensor of pixels as a picture."
@@ -268,47 +446,85 @@ def _from_array(a):
     shape, a = a.shape, a[..., None] if a.ndim == 2 else a
     if a.ndim != 3 or not a.size or not 1 <= a.shape[2] <= 4:
         last = '; channels come last' if len(shape) == 3 and shape[0] in (1, 3, 4) else ''
-        raise ValueError(f'an array of a picture must be (height, width), or (height, width, channels) with 1 to 4 channels, got shape {shape}{last}')
+        raise ValueError(
+            'an array of a picture must be (height, width), or (height, width, channels) with 1 to 4'
+            f' channels, got shape {shape}{last}'
+        )
     a = np.ascontiguousarray(_to_bytes(a, a.shape[2] - (a.shape[2] in (2, 4))))
     return Image.fromarray(a[..., 0] if a.shape[2] == 1 else a)
 
-_TURNS = dict(enumerate((Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE,
-                         Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90), 2))     # of EXIF's orientation
+
+# of EXIF's orientation
+_TURNS = dict(
+    enumerate(
+        (
+            Image.Transpose.FLIP_LEFT_RIGHT,
+            Image.Transpose.ROTATE_180,
+            Image.Transpose.FLIP_TOP_BOTTOM,
+            Image.Transpose.TRANSPOSE,
+            Image.Transpose.ROTATE_270,
+            Image.Transpose.TRANSVERSE,
+            Image.Transpose.ROTATE_90,
+        ),
+        2,
+    )
+)
+
 
 def _turn(image):
     "How a loaded image is to be turned, or None; data that cannot be parsed say nothing."
-    try: return _TURNS.get(image.getexif().get(0x112))
-    except Exception: return None
+    try:
+        return _TURNS.get(image.getexif().get(0x112))
+    except Exception:
+        return None
 
 # %% ../nbs/01b_folder.ipynb #c69a3b79
 READER = 2  # goes up when the same file gives other pixels; part of the key of the image cache
 
+
 def _deep(image):
     "A picture of more than 8 bits as 8-bit grey."
     a, tags = np.asarray(image), getattr(image, 'tag_v2', None) or {}
-    if image.mode == 'I' and image.format in ('PNG', 'PPM'): a = a.astype(np.uint16)      # Pillow's form of 16 bits, by its version
-    if tags.get(262) == 0 and a.dtype.kind == 'u': a = np.iinfo(a.dtype).max - a          # TIFF: white is zero
+    if image.mode == 'I' and image.format in ('PNG', 'PPM'):
+        a = a.astype(np.uint16)  # Pillow's form of 16 bits, by its version
+    if tags.get(262) == 0 and a.dtype.kind == 'u':
+        a = np.iinfo(a.dtype).max - a  # TIFF: white is zero
     return Image.fromarray(_to_bytes(a, a.shape[-1]))
+
 
 def _check_cut(image):
     "Of 16 bits a colour, Pillow gives the upper 8: the rule of `_to_bytes` for these."
     low, high = (f(v) for f, v in zip((min, max), zip(*image.convert('RGB').getextrema())))
-    if high - low < 15: raise ValueError(f'16-bit pixels must use at least 16 of 256 grey levels, got {low} to {high} of 255, which a viewer shows as one colour; stretch them to 8 bits')
+    if high - low < 15:
+        raise ValueError(
+            f'16-bit pixels must use at least 16 of 256 grey levels, got {low} to {high} of 255, which a'
+            ' viewer shows as one colour; stretch them to 8 bits'
+        )
 
-def to_rgb(image,  # a PIL image, or an array or tensor (H, W) or (H, W, 1 to 4), RGB
-          ) -> Image.Image:  # RGB, upright
+
+def to_rgb(
+    image,  # a PIL image, or an array or tensor (H, W) or (H, W, 1 to 4), RGB
+) -> Image.Image:  # RGB, upright
     "The picture that a viewer shows; ValueError for one that cannot be shown faithfully."
-    if not isinstance(image, Image.Image): image = _from_array(image)
-    if min(image.size) < 1: raise ValueError(f'a picture must have at least one pixel, got {image.width} x {image.height}')
-    cut = image.mode in ('RGB', 'RGBA', 'LA') and any(';16' in str(tile.args) for tile in getattr(image, 'tile', ()))
-    image.load()                                                          # some formats say only now how they lie
-    if cut: _check_cut(image)
+    if not isinstance(image, Image.Image):
+        image = _from_array(image)
+    if min(image.size) < 1:
+        raise ValueError(f'a picture must have at least one pixel, got {image.width} x {image.height}')
+    cut = image.mode in ('RGB', 'RGBA', 'LA') and any(
+        ';16' in str(tile.args) for tile in getattr(image, 'tile', ())
+    )
+    image.load()  # some formats say only now how they lie
+    if cut:
+        _check_cut(image)
     turn = _turn(image)
-    if image.mode[0] in 'IF': image = _deep(image)
-    if image.mode == 'LAB': raise ValueError('pictures must be grey, RGB, CMYK or a palette, got LAB')
+    if image.mode[0] in 'IF':
+        image = _deep(image)
+    if image.mode == 'LAB':
+        raise ValueError('pictures must be grey, RGB, CMYK or a palette, got LAB')
     if image.has_transparency_data:
         layer = image.convert({'La': 'LA', 'RGBa': 'RGBA'}.get(image.mode, image.mode)).convert('RGBA')
-        if not layer.getchannel('A').getextrema()[1]: raise ValueError('a picture must not be transparent everywhere, got alpha 0 in all of it')
+        if not layer.getchannel('A').getextrema()[1]:
+            raise ValueError('a picture must not be transparent everywhere, got alpha 0 in all of it')
         image = Image.alpha_composite(Image.new('RGBA', layer.size, 'white'), layer)
     image = image.convert('RGB')
     return image if turn is None else image.transpose(turn)
@@ -316,35 +532,52 @@ def to_rgb(image,  # a PIL image, or an array or tensor (H, W) or (H, W, 1 to 4)
 # %% ../nbs/01b_folder.ipynb #4d16029f
 def _plain_file(path):
     "OSError for what is there but no file: a pipe would be waited for without end."
-    if not stat.S_ISREG(os.stat(path).st_mode): raise OSError('not a file')
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError('not a file')
+
 
 def _reason(e):
     "Why a picture cannot be read, in a few words."
     own = type(e) in (ValueError, OSError) and not getattr(e, 'errno', None)
-    return f'{type(e).__name__}: {str(e).split(" <")[0][:200 if own else 80]}' if str(e) else type(e).__name__
+    return (
+        f'{type(e).__name__}: {str(e).split(" <")[0][: 200 if own else 80]}' if str(e) else type(e).__name__
+    )
+
 
 def read_image(path: str | Path) -> Image.Image:  # RGB
     "The picture in a file, as `to_rgb`; OSError with its path if it cannot be read."
     try:
         _plain_file(path)
-        with Image.open(path, formats=FORMATS) as image: return to_rgb(image)
-    except Exception as e: raise OSError(f'cannot read the image {path} ({_reason(e)}). Copy it again from its source, or leave it out and load with check_counts=False.') from e
+        with Image.open(path, formats=FORMATS) as image:
+            return to_rgb(image)
+    except Exception as e:
+        raise OSError(
+            f'cannot read the image {path} ({_reason(e)}). Copy it again from its source, or leave it out and'
+            ' load with check_counts=False.'
+        ) from e
 
 # %% ../nbs/01b_folder.ipynb #aa564908
 @dataclass(frozen=True)
 class ImageFacts:
     "What one pass over a file found."
+
     width: int  # pixels, upright; 0 where it cannot be read
     height: int  # pixels
     digest: bytes  # of the file's bytes: equal for exact copies
     fault: str  # why it cannot be read; '' where it can
     frames: int = 1  # pictures in it, of which the first is used
 
-_SERIES = ('AVIF', 'DCX', 'FLI', 'GIF', 'PNG', 'TIFF', 'WEBP')       # formats whose frames or pages are pictures of their own
+
+# formats whose frames or pages are pictures of their own
+_SERIES = ('AVIF', 'DCX', 'FLI', 'GIF', 'PNG', 'TIFF', 'WEBP')
+
 
 def _frames(image):
-    try: return image.n_frames if image.format in _SERIES else 1
-    except Exception: return 1                       # what comes after the first picture may be damaged
+    try:
+        return image.n_frames if image.format in _SERIES else 1
+    except Exception:
+        return 1  # what comes after the first picture may be damaged
+
 
 def inspect_image(path: str | Path) -> ImageFacts:
     "Reads and decodes a file; never an error, for the fault is the finding."
@@ -354,12 +587,13 @@ def inspect_image(path: str | Path) -> ImageFacts:
         data = Path(path).read_bytes()
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             size = image.size
-            image.draft('RGB', (1, 1))               # JPEG only: decode at an eighth of the size
+            image.draft('RGB', (1, 1))  # JPEG only: decode at an eighth of the size
             to_rgb(image)
-            if _turn(image) in (_TURNS[5], _TURNS[6], _TURNS[7], _TURNS[8]): size = size[::-1]
+            if _turn(image) in (_TURNS[5], _TURNS[6], _TURNS[7], _TURNS[8]):
+                size = size[::-1]
             frames = _frames(image)
         fault = ''
-    except Exception as e:                           # decoders raise many kinds, SyntaxError among them
+    except Exception as e:  # decoders raise many kinds, SyntaxError among them
         size, frames, fault = (0, 0), 1, _reason(e) if data else type(e).__name__
     return ImageFacts(*size, hashlib.blake2b(data, digest_size=16).digest(), fault, frames)
 
@@ -367,6 +601,7 @@ def inspect_image(path: str | Path) -> ImageFacts:
 @dataclass
 class DataCheck:
     "What is in a data set, file by file."
+
     splits: dict  # name -> (paths, pids, camids, facts): arrays and a list of `ImageFacts`
     ignored: dict  # suffix -> number of files that are no images by name
     notes: tuple = ()  # of the data set: what was left out before any file was opened
@@ -377,17 +612,30 @@ class DataCheck:
 
     def faults(self) -> dict:  # path -> why
         "The files that cannot be read."
-        return {str(p): f.fault for paths, _, _, facts in self.splits.values() for p, f in zip(paths, facts) if f.fault}
+        return {
+            str(p): f.fault
+            for paths, _, _, facts in self.splits.values()
+            for p, f in zip(paths, facts)
+            if f.fault
+        }
 
     def copies(self) -> list:  # of lists of (split, path), two or more
         "Groups of readable files with the same bytes."
         groups = {}
         for name, (paths, _, _, facts) in self.splits.items():
             for path, f in zip(paths, facts):
-                if not f.fault: groups.setdefault(f.digest, []).append((name, str(path)))
+                if not f.fault:
+                    groups.setdefault(f.digest, []).append((name, str(path)))
         return [g for g in groups.values() if len(g) > 1]
 
-    def __str__(self): return '\n'.join([*(_split_lines(n, *s) for n, s in self.splits.items() if len(s[0])), *self.notes, *_warnings(self)])
+    def __str__(self):
+        return '\n'.join(
+            [
+                *(_split_lines(n, *s) for n, s in self.splits.items() if len(s[0])),
+                *self.notes,
+                *_warnings(self),
+            ]
+        )
 
 # %% ../nbs/01b_folder.ipynb #483ca82b
 def _split_lines(name, paths, pids, camids, facts):
@@ -395,13 +643,32 @@ def _split_lines(name, paths, pids, camids, facts):
     sizes = np.array([(f.width, f.height) for f in facts if not f.fault])
     known, cams = pids >= 0, np.unique(camids[camids >= 0])
     lines = [f'{name}: {_count(len(paths), "image")}, {_count(len(paths) - len(sizes), "file")} unreadable']
-    if len(sizes): lines += [f'  width x height  {" x ".join(map(str, np.median(sizes, 0).astype(int)))} (median), {" x ".join(map(str, sizes.min(0)))} to {" x ".join(map(str, sizes.max(0)))}']
-    lines += [f'  people          {_count(len(np.unique(pids[known])), "identity", "identities")} of {_count(int(known.sum()), "image")}' if known.any() else '  people          unknown']
-    if not len(cams): return '\n'.join([*lines, '  cameras         unknown'])
-    lines += [f'  cameras         {len(cams)}, images of each: {" ".join(str((camids == c).sum()) for c in cams)}']
+    if len(sizes):
+        lines += [
+            f'  width x height  {" x ".join(map(str, np.median(sizes, 0).astype(int)))} (median),'
+            f' {" x ".join(map(str, sizes.min(0)))} to {" x ".join(map(str, sizes.max(0)))}'
+        ]
+    lines += [
+        (
+            f'  people          {_count(len(np.unique(pids[known])), "identity", "identities")} of'
+            f' {_count(int(known.sum()), "image")}'
+            if known.any()
+            else '  people          unknown'
+        )
+    ]
+    if not len(cams):
+        return '\n'.join([*lines, '  cameras         unknown'])
+    lines += [
+        f'  cameras         {len(cams)}, images of each: {" ".join(str((camids == c).sum()) for c in cams)}'
+    ]
     if known.any():
-        per = np.bincount([len(np.unique(camids[(pids == p) & (camids >= 0)])) for p in np.unique(pids[known])])
-        lines += [f'  cameras/person  ' + ', '.join(f'{_count(k, "person", "people")} in {c}' for c, k in enumerate(per) if k)]
+        per = np.bincount(
+            [len(np.unique(camids[(pids == p) & (camids >= 0)])) for p in np.unique(pids[known])]
+        )
+        lines += [
+            '  cameras/person  '
+            + ', '.join(f'{_count(k, "person", "people")} in {c}' for c, k in enumerate(per) if k)
+        ]
     return '\n'.join(lines)
 
 # %% ../nbs/01b_folder.ipynb #a6e6846e
@@ -411,42 +678,84 @@ def _warnings(check):
     other = [f'{suffix or "no suffix"} {n}' for suffix, n in sorted(check.ignored.items())]
     leaks = [g for g in copies if 'train' in (s := {n for n, _ in g}) and len(s) > 1]
     lines = []
-    if faults: lines.append(f'skipped: {_count(len(faults), "file")} that cannot be read: ' + _listed([f'{Path(p).name} ({why})' for p, why in faults.items()]))
-    if check.ignored: lines.append(f'skipped: {_count(sum(check.ignored.values()), "file")} not named like an image: {_listed(other)}')
-    series = [Path(p).name for paths, _, _, facts in check.splits.values() for p, f in zip(paths, facts) if f.frames > 1]
-    if series: lines.append(f'several pictures: {_count(len(series), "file")} with more than one frame or page, the first is used: {_listed(series)}')
-    if copies: lines.append(f'copies: {_count(sum(len(g) - 1 for g in copies), "file")} with the same bytes as another, e.g. {_listed([Path(p).name for _, p in copies[0]])}; kept')
-    if leaks: lines.append(f'leak: {_count(len(leaks), "image")} of the training split {"is" if len(leaks) == 1 else "are"} in query or gallery too; the score will look better than it is')
+    if faults:
+        lines.append(
+            f'skipped: {_count(len(faults), "file")} that cannot be read: '
+            + _listed([f'{Path(p).name} ({why})' for p, why in faults.items()])
+        )
+    if check.ignored:
+        lines.append(
+            f'skipped: {_count(sum(check.ignored.values()), "file")} not named like an image:'
+            f' {_listed(other)}'
+        )
+    series = [
+        Path(p).name
+        for paths, _, _, facts in check.splits.values()
+        for p, f in zip(paths, facts)
+        if f.frames > 1
+    ]
+    if series:
+        lines.append(
+            f'several pictures: {_count(len(series), "file")} with more than one frame or page, the first is'
+            f' used: {_listed(series)}'
+        )
+    if copies:
+        lines.append(
+            f'copies: {_count(sum(len(g) - 1 for g in copies), "file")} with the same bytes as another, e.g.'
+            f' {_listed([Path(p).name for _, p in copies[0]])}; kept'
+        )
+    if leaks:
+        lines.append(
+            f'leak: {_count(len(leaks), "image")} of the training split {"is" if len(leaks) == 1 else "are"}'
+            ' in query or gallery too; the score will look better than it is'
+        )
     return lines
 
 # %% ../nbs/01b_folder.ipynb #18731c8f
-def check_images(dataset,  # with .train, .query, .gallery, as `ccc.data.ReIDDataset`
-                 num_workers: int = 0,  # threads; 0: one per core, at most 16
-                ) -> DataCheck:
+def check_images(
+    dataset,  # with .train, .query, .gallery, as `ccc.data.ReIDDataset`
+    num_workers: int = 0,  # threads; 0: one per core, at most 16
+) -> DataCheck:
     "Reads every file of a data set once; what it finds is told, not raised."
     splits = {name: getattr(dataset, name) for name in SPLITS}
     with warnings.catch_warnings(), ThreadPoolExecutor(num_workers or min(16, os.cpu_count() or 1)) as pool:
-        warnings.simplefilter('ignore')              # a damaged header makes decoders warn before they give up
+        warnings.simplefilter('ignore')  # a damaged header makes decoders warn before they give up
         facts = {name: list(pool.map(inspect_image, s.paths)) for name, s in splits.items()}
-    return DataCheck({name: (s.paths, s.pids, s.camids, facts[name]) for name, s in splits.items()}, dict(getattr(dataset, 'ignored', {})), tuple(getattr(dataset, 'notes', ())))
+    return DataCheck(
+        {name: (s.paths, s.pids, s.camids, facts[name]) for name, s in splits.items()},
+        dict(getattr(dataset, 'ignored', {})),
+        tuple(getattr(dataset, 'notes', ())),
+    )
 
-def keep_readable(dataset,  # as of `check_images`
-                  check: DataCheck):  # of that data set -> the data set without them
-    "The data set without the files that cannot be read; ValueError if nothing is left, or nothing of a training split that was there."
+
+def keep_readable(
+    dataset,  # as of `check_images`
+    check: DataCheck,  # of that data set -> the data set without them
+):
+    """The data set without the files that cannot be read; ValueError if nothing is left, or nothing of a
+    training split that was there."""
     parts = {name: getattr(dataset, name).where(check.readable(name)) for name in SPLITS}
     files = len(dataset.train) or sum(len(getattr(dataset, name)) for name in SPLITS)
     if not len(parts['train']) and (len(dataset.train) or not files):
-        raise ValueError(f'a data set needs images, got none that can be read among {files}' + (f', the first {next(iter(check.faults().items()))}' if check.faults() else ''))
+        raise ValueError(
+            f'a data set needs images, got none that can be read among {files}'
+            + (f', the first {next(iter(check.faults().items()))}' if check.faults() else '')
+        )
     return replace(dataset, **parts, notes=(*dataset.notes, *_warnings(check)))
 
 # %% ../nbs/01b_folder.ipynb #1a295746
-def blur_head(image: Image.Image,  # a crop of a person
-              share: float = .25,  # of the height, from the top
-              dots: int = 4,  # what is left of each row
-             ) -> Image.Image:  # RGB, the same size
+def blur_head(
+    image: Image.Image,  # a crop of a person
+    share: float = 0.25,  # of the height, from the top
+    dots: int = 4,  # what is left of each row
+) -> Image.Image:  # RGB, the same size
     "The crop with its upper part, where the head is in a whole-body crop, made unrecognisable."
     image = to_rgb(image)
     top = image.crop((0, 0, image.width, max(1, round(share * image.height))))
-    small = top.resize((dots, max(1, round(dots * top.height / top.width))), Image.Resampling.BOX)    # the detail is gone from here on
-    image.paste(small.resize(top.size, Image.Resampling.BILINEAR).filter(ImageFilter.GaussianBlur(top.width / 16)), (0, 0))
+    # the detail is gone from here on
+    small = top.resize((dots, max(1, round(dots * top.height / top.width))), Image.Resampling.BOX)
+    image.paste(
+        small.resize(top.size, Image.Resampling.BILINEAR).filter(ImageFilter.GaussianBlur(top.width / 16)),
+        (0, 0),
+    )
     return image

@@ -24,32 +24,55 @@ from sklearn.utils.validation import validate_data
 
 from . import _gate as gate
 from . import _hdc_kernels as kernels
-from .neighbors import as_numpy, checked_csr, checked_embeddings, is_tensor, jaccard_distance, on_accelerator, progress
+from ccc.neighbors import (
+    as_numpy,
+    checked_csr,
+    checked_embeddings,
+    is_tensor,
+    jaccard_distance,
+    on_accelerator,
+    progress,
+)
 
 gate.require_gate(kernels, 'stored_twice')
 
 # %% ../nbs/04_hdc.ipynb #695c9c7a
-CEILING = 1 - np.exp(-np.float32(1))  # float32, as computed for stored pairs: the discrepancy of two samples that share no neighbour
+# float32, as computed for stored pairs: the discrepancy of two samples that share no neighbour
+CEILING = 1 - np.exp(-np.float32(1))
 
-def as_graph(graph,           # (N, N) distances in [0, 1]: any sparse format with absent pairs at 1, or dense; not changed
-             n: int,          # number of samples it must be about
-             ) -> csr_array:  # (N, N) float32; absent: 1
-    "The graph as CSR in which no pair is stored twice; ValueError for another shape, columns beyond it, or values outside [0, 1]."
-    if is_tensor(getattr(graph, 'data', None)) and hasattr(graph, 'indptr'): return _checked_device_graph(graph, n)
+
+def as_graph(
+    graph,  # (N, N) distances in [0, 1]: any sparse format with absent pairs at 1, or dense; not changed
+    n: int,  # number of samples it must be about
+) -> csr_array:  # (N, N) float32; absent: 1
+    """The graph as CSR in which no pair is stored twice; ValueError for another shape, columns beyond it,
+    or values outside [0, 1]."""
+    if is_tensor(getattr(graph, 'data', None)) and hasattr(graph, 'indptr'):
+        return _checked_device_graph(graph, n)
     graph = _sparse(graph, n) if issparse(graph) else _stored(gate.real_array('graph', graph), n)
-    if graph.nnz and not (graph.data.min() >= 0 and graph.data.max() <= 1):       # NaN fails both
-        raise ValueError(f'graph distances must lie in [0, 1]; got values from {graph.data.min()} to {graph.data.max()}')
+    if graph.nnz and not (graph.data.min() >= 0 and graph.data.max() <= 1):  # NaN fails both
+        raise ValueError(
+            f'graph distances must lie in [0, 1]; got values from {graph.data.min()} to {graph.data.max()}'
+        )
     return graph
 
+
 def _check_shape(graph, n):
-    if graph.shape != (n, n): raise ValueError(f'graph must be (N, N) = ({n}, {n}), one row for each row of X; got {graph.shape}')
+    if graph.shape != (n, n):
+        raise ValueError(f'graph must be (N, N) = ({n}, {n}), one row for each row of X; got {graph.shape}')
+
 
 def _stored(dense, n):
     "The pairs of a dense matrix that are closer than 1."
     _check_shape(dense, n)
     stored = dense != 1
-    indptr = np.r_[0, np.count_nonzero(stored, axis=1).cumsum()].astype(np.int32 if np.count_nonzero(stored) < 2**31 else np.int64)
-    return csr_array((dense[stored].astype(np.float32), np.nonzero(stored)[1].astype(indptr.dtype), indptr), shape=(n, n))
+    indptr = np.r_[0, np.count_nonzero(stored, axis=1).cumsum()].astype(
+        np.int32 if np.count_nonzero(stored) < 2**31 else np.int64
+    )
+    return csr_array(
+        (dense[stored].astype(np.float32), np.nonzero(stored)[1].astype(indptr.dtype), indptr), shape=(n, n)
+    )
+
 
 def _sparse(graph, n):
     """Any sparse matrix as CSR. Pairs stored twice are added up, as SciPy does, in float64: halves of a number give the number.
@@ -58,14 +81,19 @@ def _sparse(graph, n):
     name = graph.format
     padded = name == 'dia' or (name == 'bsr' and graph.blocksize != (1, 1))
     zeros = np.count_nonzero(graph.data == 0) if padded else 0
-    if zeros: warnings.warn(f'{zeros} zeros of a graph in {name.upper()} format are taken for padding; if some are distances of 0, hand over CSR', stacklevel=3)
+    if zeros:
+        warnings.warn(
+            f'{zeros} zeros of a graph in {name.upper()} format are taken for padding; if some are distances'
+            ' of 0, hand over CSR',
+            stacklevel=3,
+        )
     graph = checked_csr(graph, 'graph', n)
     index = np.int64 if np.int64 in (graph.indices.dtype, graph.indptr.dtype) else np.int32
     indptr, indices = (np.ascontiguousarray(a, index) for a in (graph.indptr, graph.indices))
     if kernels.stored_twice(indptr, indices, n):
         graph = csr_array((graph.data.astype(np.float64), indices.copy(), indptr.copy()), shape=(n, n))
         graph.sum_duplicates()
-        graph.data[(graph.data > 1) & (graph.data <= 1 + 1e-6)] = 1               # parts of 1, rounded
+        graph.data[(graph.data > 1) & (graph.data <= 1 + 1e-6)] = 1  # parts of 1, rounded
         indptr, indices = graph.indptr, graph.indices
     graph = csr_array((np.ascontiguousarray(graph.data, np.float32), indices, indptr), shape=(n, n))
     if padded and not graph.data.all():
@@ -73,25 +101,33 @@ def _sparse(graph, n):
         graph.eliminate_zeros()
     return graph
 
+
 def _checked_device_graph(graph, n):
     "A `DeviceGraph` whose columns ascend in each row and lie in it."
     _check_shape(graph, n)
     indptr, indices, data = graph.indptr, graph.indices, graph.data
     gate.offsets('offsets of graph', as_numpy(indptr), n, len(indices))
     gate.same_length(columns=indices, distances=data)
-    if not len(indices): return graph
+    if not len(indices):
+        return graph
     lowest, highest = int(indices.min()), int(indices.max())
-    if lowest < 0 or highest >= n: raise ValueError(f'columns of graph must lie in 0..{n - 1}; got {lowest} to {highest}')
+    if lowest < 0 or highest >= n:
+        raise ValueError(f'columns of graph must lie in 0..{n - 1}; got {lowest} to {highest}')
     falls = (indices[1:] <= indices[:-1]).nonzero()[:, 0] + 1
-    if not np.isin(as_numpy(falls), as_numpy(indptr)).all(): raise ValueError('columns of graph must ascend in each row; got a row in which they do not')
-    if not (data.min() >= 0 and data.max() <= 1): raise ValueError(f'graph distances must lie in [0, 1]; got values from {data.min()} to {data.max()}')
+    if not np.isin(as_numpy(falls), as_numpy(indptr)).all():
+        raise ValueError('columns of graph must ascend in each row; got a row in which they do not')
+    if not (data.min() >= 0 and data.max() <= 1):
+        raise ValueError(f'graph distances must lie in [0, 1]; got values from {data.min()} to {data.max()}')
     return graph
 
-def discrepancies(graph: csr_array,  # (N, N) distances in [0, 1]; absent: 1
-                  ) -> csr_array:    # (N, N) float32 in [0, CEILING]; absent: CEILING
+
+def discrepancies(
+    graph: csr_array,  # (N, N) distances in [0, 1]; absent: 1
+) -> csr_array:  # (N, N) float32 in [0, CEILING]; absent: CEILING
     "Sample-sample discrepancies 1 - exp(-J) of the stored pairs."
-    if is_tensor(graph.data): return replace(graph, data=1 - (-graph.data).exp())
-    a = np.negative(graph.data)                      # in place: this is the largest array of the step
+    if is_tensor(graph.data):
+        return replace(graph, data=1 - (-graph.data).exp())
+    a = np.negative(graph.data)  # in place: this is the largest array of the step
     np.exp(a, out=a)
     np.subtract(1, a, out=a)
     return csr_array((a, graph.indices, graph.indptr), shape=graph.shape)
@@ -99,11 +135,14 @@ def discrepancies(graph: csr_array,  # (N, N) distances in [0, 1]; absent: 1
 # %% ../nbs/04_hdc.ipynb #aab8570d
 ALPHA = 1.9  # of the Euler cosine, as published
 
+
 def _unit(x):
     "Rows scaled to unit norm; rows of zeros stay."
-    norms = (x * x).sum(1)[:, None] ** .5
-    if len(x) and not (1e-15 < norms.min() and norms.max() < 1e15): x, norms = _within_squares(x)
+    norms = (x * x).sum(1)[:, None] ** 0.5
+    if len(x) and not (1e-15 < norms.min() and norms.max() < 1e15):
+        x, norms = _within_squares(x)
     return x / (norms + (norms == 0))
+
 
 def _within_squares(x):
     "Rows whose squares leave float32, divided by their largest number, and the norms of the result."
@@ -111,22 +150,29 @@ def _within_squares(x):
     scale = (largest + (largest == 0))[:, None]
     outside = ((largest < 1e-15) | (largest > 1e15))[:, None]
     x = x / (scale * outside + ~outside)
-    return x, (x * x).sum(1)[:, None] ** .5
+    return x, (x * x).sum(1)[:, None] ** 0.5
+
 
 def _square_norms(z):
     "Sum of |z|^2 over each row, real or complex."
-    return np.einsum('nd,nd->n', z.real, z.real) + (np.einsum('nd,nd->n', z.imag, z.imag) if np.iscomplexobj(z) else 0)
+    return np.einsum('nd,nd->n', z.real, z.real) + (
+        np.einsum('nd,nd->n', z.imag, z.imag) if np.iscomplexobj(z) else 0
+    )
+
 
 def _euler(x):
     "exp(i alpha pi x) / sqrt(2), from cosines and sines, which NumPy has in float32."
     angles = np.float32(ALPHA * np.pi) * x
-    return np.stack([np.cos(angles), np.sin(angles)], axis=-1).view(np.complex64)[..., 0] / np.float32(2 ** .5)
+    return np.stack([np.cos(angles), np.sin(angles)], axis=-1).view(np.complex64)[..., 0] / np.float32(2**0.5)
+
 
 class Metric(NamedTuple):
     "A distance between samples and centroids: `finish(sum of squared differences of lifted coordinates)`."
-    lift: Callable    # (N, D) float32 -> (N, D) float32 or complex64
+
+    lift: Callable  # (N, D) float32 -> (N, D) float32 or complex64
     finish: Callable  # sum of squared differences -> distance
-    undo: Callable    # distance -> the sum it needs, where no difference cancels another
+    undo: Callable  # distance -> the sum it needs, where no difference cancels another
+
 
 METRICS = {
     'euler_cosine': Metric(_euler, np.abs, lambda d: d),
@@ -139,11 +185,13 @@ def _squared_differences(e, f):
     "Sum over coordinates of (e_i - f_j)^2 for all pairs of rows, without conjugation."
     return (e * e).sum(1)[:, None] + (f * f).sum(1) - 2 * (e @ f.T)  # (N, D) @ (D, K) -> (N, K)
 
-def pairwise_distance(x: np.ndarray,                 # (N, D) float32
-                      y: np.ndarray,                 # (K, D) float32
-                      metric: str = 'euler_cosine',  # 'euler_cosine', 'cosine' or 'euclidean'
-                      normalize: bool = False,       # into [0, 1]: cosine / 2, the others / the largest in the matrix
-                      ) -> np.ndarray:               # (N, K) float32
+
+def pairwise_distance(
+    x: np.ndarray,  # (N, D) float32
+    y: np.ndarray,  # (K, D) float32
+    metric: str = 'euler_cosine',  # 'euler_cosine', 'cosine' or 'euclidean'
+    normalize: bool = False,  # into [0, 1]: cosine / 2, the others / the largest in the matrix
+) -> np.ndarray:  # (N, K) float32
     "Distances of all pairs of rows (3C, equations 3-5)."
     lift, finish, _ = METRICS[metric]
     d = finish(_squared_differences(lift(np.asarray(x, np.float32)), lift(np.asarray(y, np.float32))))
@@ -155,63 +203,93 @@ def _row(graph, i):
     s = slice(int(graph.indptr[i]), int(graph.indptr[i + 1]))
     return as_numpy(graph.indices[s]), as_numpy(graph.data[s])
 
+
 def _in_memory(graph, rows=None):
-    "A graph in main memory, whole or its rows alone (the others empty), in one transfer: row by row a graph on a GPU would make the host wait thousands of times."
-    if not is_tensor(graph.data): return graph
-    if rows is None: return SimpleNamespace(indptr=as_numpy(graph.indptr), indices=as_numpy(graph.indices), data=as_numpy(graph.data), shape=graph.shape)
+    """A graph in main memory, whole or its rows alone (the others empty), in one transfer: row by row a
+    graph on a GPU would make the host wait thousands of times."""
+    if not is_tensor(graph.data):
+        return graph
+    if rows is None:
+        return SimpleNamespace(
+            indptr=as_numpy(graph.indptr),
+            indices=as_numpy(graph.indices),
+            data=as_numpy(graph.data),
+            shape=graph.shape,
+        )
     from ccc._neighbors_torch import entries
+
     asked = np.unique(rows)
     place = entries(graph.indptr, graph.indptr.new_tensor(asked))[1]
     indptr, lengths = as_numpy(graph.indptr), np.zeros(graph.shape[0], np.int64)
     lengths[asked] = np.diff(indptr)[asked]
-    return SimpleNamespace(indptr=np.r_[0, lengths.cumsum()], indices=as_numpy(graph.indices[place]), data=as_numpy(graph.data[place]), shape=graph.shape)
+    return SimpleNamespace(
+        indptr=np.r_[0, lengths.cumsum()],
+        indices=as_numpy(graph.indices[place]),
+        data=as_numpy(graph.data[place]),
+        shape=graph.shape,
+    )
+
 
 def _draw(weight, size, random):
-    "Indices drawn in proportion to weight; the last index of positive weight where rounding would run off the end."
+    """Indices drawn in proportion to weight; the last index of positive weight where rounding would run
+    off the end."""
     cumulative = np.cumsum(weight)
     drawn = np.searchsorted(cumulative, random.uniform(size=size) * cumulative[-1], side='right')
     return np.minimum(drawn, np.flatnonzero(weight)[-1])
 
 # %% ../nbs/04_hdc.ipynb #76054132
-def graph_plusplus(graph: csr_array,   # (N, N) distances in [0, 1]; absent: 1
-                   n_clusters: int,    # K
-                   random_state=None,  # seed or RandomState
-                   ) -> np.ndarray:    # (K,) int64 distinct sample indices
-    "k-means++ starts drawn on graph distances (Arthur and Vassilvitskii 2007, greedy form, distances not squared)."
+def graph_plusplus(
+    graph: csr_array,  # (N, N) distances in [0, 1]; absent: 1
+    n_clusters: int,  # K
+    random_state=None,  # seed or RandomState
+) -> np.ndarray:  # (K,) int64 distinct sample indices
+    """k-means++ starts drawn on graph distances (Arthur and Vassilvitskii 2007, greedy form, distances not
+    squared)."""
     random, n, graph = check_random_state(random_state), graph.shape[0], _in_memory(graph)
     trials, starts, closest = 2 + int(np.log(n_clusters)), [], np.ones(n)
     for k in progress(range(n_clusters), 'starts'):
-        free = closest if closest.any() else np.ones(n)        # only copies of starts are left: any of them
-        if not closest.any(): free[starts] = 0
+        free = closest if closest.any() else np.ones(n)  # only copies of starts are left: any of them
+        if not closest.any():
+            free[starts] = 0
         candidates = _draw(free, trials if k else 1, random)
-        gains = [np.maximum(closest[(cols := _row(graph, c)[0])] - _row(graph, c)[1], 0).sum() for c in candidates]
+        gains = [
+            np.maximum(closest[(cols := _row(graph, c)[0])] - _row(graph, c)[1], 0).sum() for c in candidates
+        ]
         starts.append(int(candidates[np.argmax(gains)]))
         cols, values = _row(graph, starts[-1])
         closest[cols] = np.minimum(closest[cols], values)
         closest[starts[-1]] = 0
     return np.array(starts)
 
-def nearest_start(graph: csr_array,    # (N, N) distances in [0, 1]; absent: 1
-                  starts: np.ndarray,  # (K,) sample indices
-                  ) -> np.ndarray:     # (N,) int32 clusters, -1 where every start is at distance 1
+
+def nearest_start(
+    graph: csr_array,  # (N, N) distances in [0, 1]; absent: 1
+    starts: np.ndarray,  # (K,) sample indices
+) -> np.ndarray:  # (N,) int32 clusters, -1 where every start is at distance 1
     "First labels: the nearest start by graph distance, ties to the lowest cluster."
-    best, labels, graph = np.ones(graph.shape[0], np.float32), np.full(graph.shape[0], -1, np.int32), _in_memory(graph, starts)
+    best, labels, graph = (
+        np.ones(graph.shape[0], np.float32),
+        np.full(graph.shape[0], -1, np.int32),
+        _in_memory(graph, starts),
+    )
     for j, start in enumerate(starts):
         cols, values = _row(graph, start)
         nearer = values < best[cols]
         best[cols[nearer]], labels[cols[nearer]] = values[nearer], j
-        if best[start] > 0: best[start], labels[start] = 0, j      # at distance 0 from itself, stored or not
+        if best[start] > 0:
+            best[start], labels[start] = 0, j  # at distance 0 from itself, stored or not
     return labels
 
 # %% ../nbs/04_hdc.ipynb #a5fea6f3
 @dataclass
 class CentroidDistances:
     "Distances between fixed samples and moving centroids, the largest of them found without computing all."
-    x: np.ndarray       # (N, D) float32
-    metric: str         # a key of METRICS
-    block: int = 1024   # samples a matrix product
+
+    x: np.ndarray  # (N, D) float32
+    metric: str  # a key of METRICS
+    block: int = 1024  # samples a matrix product
     n_columns: int = 0  # columns of the product so far, to be looked at
-    n_pairs: int = 0    # pairs computed so far in search of the largest, to be looked at
+    n_pairs: int = 0  # pairs computed so far in search of the largest, to be looked at
 
     def __post_init__(self):
         lift, self.finish, self.undo = METRICS[self.metric]
@@ -220,136 +298,179 @@ class CentroidDistances:
         self.norms = _square_norms(self.lifted)
 
     def of_pairs(self, f, rows, columns):
-        "d of samples `rows` and lifted centroids `columns`; by differences, which keep their precision where d is small."
+        """d of samples `rows` and lifted centroids `columns`; by differences, which keep their precision
+        where d is small."""
         sums = np.empty(len(rows), self.lifted.dtype)
         for lo in range(0, len(rows), 4096):
-            e = self.lifted[rows[lo:lo + 4096]] - f[columns[lo:lo + 4096]]
-            sums[lo:lo + 4096] = np.einsum('nd,nd->n', e, e)
+            e = self.lifted[rows[lo : lo + 4096]] - f[columns[lo : lo + 4096]]
+            sums[lo : lo + 4096] = np.einsum('nd,nd->n', e, e)
         return self.finish(sums)
 
     def membership(self, centroids, labels):
         "exp(-5 d / max d) of each sample in its own cluster, (N,) float32."
         f = self.lift(centroids)
-        return np.exp(-5 * self.of_pairs(f, np.arange(len(self.x)), labels) / (self.largest(f) or 1)).astype(np.float32)
+        return np.exp(-5 * self.of_pairs(f, np.arange(len(self.x)), labels) / (self.largest(f) or 1)).astype(
+            np.float32
+        )
 
     def largest(self, f):
         "max d over all samples and lifted centroids."
-        if self.metric == 'cosine': return 2.
-        self.found = 0.
+        if self.metric == 'cosine':
+            return 2.0
+        self.found = 0.0
         self.consider(f, self.farthest[0], np.array([self.farthest[1]]), np.array([0]))
         columns = self.reachable(f)
         for lo, bounds in self.upper_bounds(f[columns]) if len(columns) else ():
             self.bounds[columns] = np.maximum(self.bounds[columns], bounds.max(0))
-            self.consider(f, lo, columns, bounds.argmax(keepdims=True).ravel())       # the best first: it leaves few others
+            # the best first: it leaves few others
+            self.consider(f, lo, columns, bounds.argmax(keepdims=True).ravel())
             self.consider(f, lo, columns, self.promising(f, lo, columns, bounds))
         return self.found
 
     def reachable(self, f):
-        "Columns in which, by the triangle inequality, a sample may be farther than the distance found; their bounds start anew."
+        """Columns in which, by the triangle inequality, a sample may be farther than the distance found;
+        their bounds start anew."""
         moved = 0 if self.seen is None else np.sqrt(_square_norms(f - self.seen))
-        self.bounds = np.full(len(f), np.inf, np.float32) if self.seen is None else (np.sqrt(self.bounds) + moved) ** 2
+        self.bounds = (
+            np.full(len(f), np.inf, np.float32) if self.seen is None else (np.sqrt(self.bounds) + moved) ** 2
+        )
         columns, self.seen = np.flatnonzero(self.bounds > self.undo(self.found)), f
         self.bounds[columns], self.n_columns = 0, self.n_columns + len(columns)
         return columns
 
     def upper_bounds(self, f):
-        "||e_i - f_j||^2 by blocks of samples (where each begins, the block), with room for the rounding of the product; blocks share their memory."
-        g, norms, shared = -2 * f.view(np.float32).T, _square_norms(f), np.empty((min(self.block, len(self.x)), len(f)), np.float32)
+        """||e_i - f_j||^2 by blocks of samples (where each begins, the block), with room for the rounding
+        of the product; blocks share their memory."""
+        g, norms, shared = (
+            -2 * f.view(np.float32).T,
+            _square_norms(f),
+            np.empty((min(self.block, len(self.x)), len(f)), np.float32),
+        )
         norms += len(g) * np.finfo(np.float32).eps * (self.norms.max() + norms.max())
         for lo in range(0, len(self.x), self.block):
-            e = self.lifted[lo:lo + self.block].view(np.float32)
-            bounds = np.matmul(e, g, out=shared[:len(e)])                           # (block, D) @ (D, K) -> (block, K)
+            e = self.lifted[lo : lo + self.block].view(np.float32)
+            bounds = np.matmul(e, g, out=shared[: len(e)])  # (block, D) @ (D, K) -> (block, K)
             bounds += norms
-            bounds += self.norms[lo:lo + self.block, None]
+            bounds += self.norms[lo : lo + self.block, None]
             yield lo, bounds
 
     def promising(self, f, lo, columns, bounds):
-        "Flat places in a block whose bound exceeds the distance found; where they are too many, the one of largest distance."
+        """Flat places in a block whose bound exceeds the distance found; where they are too many, the one
+        of largest distance."""
         places = np.flatnonzero(bounds > self.undo(self.found))
-        if len(places) <= bounds.size // 8: return places
-        return self.finish(_squared_differences(self.lifted[lo:lo + self.block], f[columns])).argmax(keepdims=True).ravel()
+        if len(places) <= bounds.size // 8:
+            return places
+        return (
+            self.finish(_squared_differences(self.lifted[lo : lo + self.block], f[columns]))
+            .argmax(keepdims=True)
+            .ravel()
+        )
 
     def consider(self, f, lo, columns, places):
         "Compute the pairs at these flat places of a block that begins at sample `lo`; keep the farthest."
         rows, columns = lo + places // len(columns), columns[places % len(columns)]
         d = self.of_pairs(f, rows, columns)
         self.n_pairs += len(d)
-        if d.max(initial=0) > self.found: self.found, self.farthest = d.max(), (rows[d.argmax()], columns[d.argmax()])
+        if d.max(initial=0) > self.found:
+            self.found, self.farthest = d.max(), (rows[d.argmax()], columns[d.argmax()])
 
 # %% ../nbs/04_hdc.ipynb #084b42e6
 def _members(labels, membership, k):
     "Members cluster by cluster, largest membership first, and where each list begins."
-    order = np.lexsort((np.arange(len(labels)), -membership, labels))[np.count_nonzero(labels < 0):]
+    order = np.lexsort((np.arange(len(labels)), -membership, labels))[np.count_nonzero(labels < 0) :]
     return order.astype(np.int32), np.r_[0, np.bincount(labels[labels >= 0], minlength=k).cumsum()]
 
 # %% ../nbs/04_hdc.ipynb #1c3f99b7
-def refill(labels: np.ndarray,        # (N,) int32, changed in place; -1: member of none
-           H: np.ndarray,             # (N,) discrepancy to the own cluster, changed in place
-           score: np.ndarray,         # (N,) rank by this: summed H over the other clusters
-           n_clusters: int,           # K <= N
-           discrepancy_to: Callable,  # (sample, cluster) -> H
-           ):
+def refill(
+    labels: np.ndarray,  # (N,) int32, changed in place; -1: member of none
+    H: np.ndarray,  # (N,) discrepancy to the own cluster, changed in place
+    score: np.ndarray,  # (N,) rank by this: summed H over the other clusters
+    n_clusters: int,  # K <= N
+    discrepancy_to: Callable,  # (sample, cluster) -> H
+):
     "Give every empty cluster one sample, lowest score first, from clusters of at least five."
-    while len(empty := np.flatnonzero((sizes := np.bincount(labels[labels >= 0], minlength=n_clusters)) == 0)):
+    while len(
+        empty := np.flatnonzero((sizes := np.bincount(labels[labels >= 0], minlength=n_clusters)) == 0)
+    ):
         donors = np.flatnonzero((labels >= 0) & (sizes[labels] >= 5))
-        if not len(donors):   # one at a time from the largest, which keeps its last member; then from those of no cluster
+        # one at a time from the largest, which keeps its last member; then from those of no cluster
+        if not len(donors):
             donors, empty = np.flatnonzero(labels == (sizes.argmax() if sizes.max() > 1 else -1)), empty[:1]
         for i, j in zip(donors[np.lexsort((donors, score[donors]))], empty):
             labels[i], H[i] = j, discrepancy_to(i, j)
 
 # %% ../nbs/04_hdc.ipynb #6d72faab
-def peripheral_objects(labels: np.ndarray,       # (N,) int32; -1: member of none
-                       H: np.ndarray,            # (N,) discrepancy to the own cluster
-                       n_clusters: int,          # K
-                       n_sigma: float = 1.,      # standard deviations (ddof 1) above the mean of the cluster
-                       threshold: float = None,  # a fixed limit on H instead
-                       ) -> np.ndarray:          # (N,) bool
+def peripheral_objects(
+    labels: np.ndarray,  # (N,) int32; -1: member of none
+    H: np.ndarray,  # (N,) discrepancy to the own cluster
+    n_clusters: int,  # K
+    n_sigma: float = 1.0,  # standard deviations (ddof 1) above the mean of the cluster
+    threshold: float = None,  # a fixed limit on H instead
+) -> np.ndarray:  # (N,) bool
     "Members too far from their cluster to shape it (3C, section III-B)."
     l, h = labels[labels >= 0], H[labels >= 0].astype(np.float64)
     sizes = np.maximum(np.bincount(l, minlength=n_clusters), 1)
     mean = np.bincount(l, h, n_clusters) / sizes
     std = np.sqrt(np.bincount(l, (h - mean[l]) ** 2, n_clusters) / np.maximum(sizes - 1, 1))
-    limit = np.where(sizes > 1, mean + n_sigma * std, np.inf) if threshold is None else np.full(n_clusters, threshold)
-    far = (labels >= 0) & (H > limit.astype(np.float32)[labels])   # as float32, so that equal H are not above their own mean
-    order = np.lexsort((H, labels))                                # the nearest member of each cluster comes first
+    limit = (
+        np.where(sizes > 1, mean + n_sigma * std, np.inf)
+        if threshold is None
+        else np.full(n_clusters, threshold)
+    )
+    # as float32, so that equal H are not above their own mean
+    far = (labels >= 0) & (H > limit.astype(np.float32)[labels])
+    order = np.lexsort((H, labels))  # the nearest member of each cluster comes first
     far[order[np.r_[True, np.diff(labels[order]) > 0]]] = False
     return far
 
 # %% ../nbs/04_hdc.ipynb #d3e3a0f5
-def cluster_means(x: np.ndarray,       # (N, D) float32
-                  labels: np.ndarray,  # (N,) int; negative: left out
-                  n_clusters: int,     # K
-                  ) -> np.ndarray:     # (K, D) float32; rows of zeros for empty clusters
+def cluster_means(
+    x: np.ndarray,  # (N, D) float32
+    labels: np.ndarray,  # (N,) int; negative: left out
+    n_clusters: int,  # K
+) -> np.ndarray:  # (K, D) float32; rows of zeros for empty clusters
     "Mean of the members of each cluster."
     members = np.flatnonzero(labels >= 0)
-    sums = csr_array((np.ones(len(members), x.dtype), (labels[members], members)), shape=(n_clusters, len(x))) @ x  # (K, N) @ (N, D) -> (K, D)
+    # (K, N) @ (N, D) -> (K, D)
+    sums = (
+        csr_array((np.ones(len(members), x.dtype), (labels[members], members)), shape=(n_clusters, len(x)))
+        @ x
+    )
     return sums / np.maximum(np.bincount(labels[members], minlength=n_clusters), 1).astype(x.dtype)[:, None]
 
 # %% ../nbs/04_hdc.ipynb #0dfc92a0
 @dataclass
 class Round:
     "What one round of HDC leaves behind."
-    labels: np.ndarray       # (N,) int32; -1 only for samples that share no neighbour with any cluster, if so asked
+
+    # (N,) int32; -1 only for samples that share no neighbour with any cluster, if so asked
+    labels: np.ndarray
     discrepancy: np.ndarray  # (N,) float32 H in the own cluster
-    peripheral: np.ndarray   # (N,) bool
-    centroids: np.ndarray    # (K, D) float32, where x is
-    shift: float             # summed squared change of the centroids
-    n_ceiling: int           # samples that share no neighbour with any cluster
+    peripheral: np.ndarray  # (N,) bool
+    centroids: np.ndarray  # (K, D) float32, where x is
+    shift: float  # summed squared change of the centroids
+    n_ceiling: int  # samples that share no neighbour with any cluster
+
 
 def _nearest_cluster(assign, a, labels, m, k):
-    "Nearest cluster (-1: all at the ceiling), its H, the sum of H, and a function for the H of any one sample and cluster."
+    """Nearest cluster (-1: all at the ceiling), its H, the sum of H, and a function for the H of any one
+    sample and cluster."""
     order, start = _members(labels, m, k)
     nearest, H, total = assign(a.indptr, a.indices, a.data, labels, m, order, start, CEILING)
+
     def row(i):
         dense = np.full(len(labels), CEILING)
         cols, values = _row(a, i)
         dense[cols], dense[i] = values, 0
         return dense
+
     def discrepancy_to(i, j):
-        members = np.sort(order[start[j]:start[j + 1]]) if start[j] < start[j + 1] else np.array([0])
+        members = np.sort(order[start[j] : start[j + 1]]) if start[j] < start[j + 1] else np.array([0])
         h = (r := row(i)[members]) * m[members] / np.maximum(r + m[members], np.finfo(np.float32).tiny)
         return r[h.argmax()]
-    if len(empty := np.flatnonzero(np.diff(start) == 0)):    # no member to represent it: sample 0 does, as published
+
+    # no member to represent it: sample 0 does, as published
+    if len(empty := np.flatnonzero(np.diff(start) == 0)):
         column = row(0)
         total += len(empty) * (column - CEILING)
         nearer = (column < H) | ((column == H) & (empty[0] < nearest))
@@ -359,39 +480,66 @@ def _nearest_cluster(assign, a, labels, m, k):
 # %% ../nbs/04_hdc.ipynb #b75a62b9
 def parts_for(x):
     "CentroidDistances, assign and cluster_means for the place where the embeddings are."
-    if not is_tensor(x): return SimpleNamespace(CentroidDistances=CentroidDistances, assign=kernels.assign, cluster_means=cluster_means)
+    if not is_tensor(x):
+        return SimpleNamespace(
+            CentroidDistances=CentroidDistances, assign=kernels.assign, cluster_means=cluster_means
+        )
     from ccc import _hdc_torch
+
     return _hdc_torch
 
 # %% ../nbs/04_hdc.ipynb #81e71c56
-def hdc_rounds(x: np.ndarray,             # (N, D) float32 embeddings
-               graph,                     # (N, N) distances in [0, 1], CSR or dense
-               starts: np.ndarray,        # (K,) sample indices to start from
-               *, metric: str = 'euler_cosine', n_sigma: float = 1., threshold: float = None,
-               normalize_centroids: bool = False, ceiling: str = 'first',
-               ) -> Iterator[Round]:      # without end: who loops decides when to stop
+def hdc_rounds(
+    x: np.ndarray,  # (N, D) float32 embeddings
+    graph,  # (N, N) distances in [0, 1], CSR or dense
+    starts: np.ndarray,  # (K,) sample indices to start from
+    *,
+    metric: str = 'euler_cosine',
+    n_sigma: float = 1.0,
+    threshold: float = None,
+    normalize_centroids: bool = False,
+    ceiling: str = 'first',
+) -> Iterator[Round]:  # without end: who loops decides when to stop
     "Harmonic Discrepancy Clustering round by round (3C, Algorithm 1)."
     x, starts = _checked_samples(x), _checked_starts(starts, len(x))
     check_peripheral(n_sigma, threshold)
-    return _rounds(x, as_graph(graph, len(x)), starts, metric, n_sigma, threshold, normalize_centroids, ceiling)
+    return _rounds(
+        x, as_graph(graph, len(x)), starts, metric, n_sigma, threshold, normalize_centroids, ceiling
+    )
 
-def _checked_samples(x): return checked_embeddings(x, 'x') if not is_tensor(x) or on_accelerator(x) else x
+
+def _checked_samples(x):
+    return checked_embeddings(x, 'x') if not is_tensor(x) or on_accelerator(x) else x
+
 
 def _checked_starts(starts, n):
     "(K,) distinct sample indices."
     a = np.asarray(starts)
-    if a.ndim != 1 or not len(a) or a.dtype.kind not in 'iu' or len(set(a.tolist())) != len(a) or a.min() < 0 or a.max() >= n:
+    if (
+        a.ndim != 1
+        or not len(a)
+        or a.dtype.kind not in 'iu'
+        or len(set(a.tolist())) != len(a)
+        or a.min() < 0
+        or a.max() >= n
+    ):
         raise ValueError(f'init must be distinct sample indices, whole numbers in 0..{n - 1}; got {starts!r}')
     return a.astype(np.int64, copy=False)
+
 
 def check_peripheral(n_sigma, threshold):
     "ValueError where a limit for peripheral objects is no finite number of at least 0."
     gate.number('n_sigma', n_sigma, 0)
-    if threshold is not None: gate.number('threshold', threshold, 0)
+    if threshold is not None:
+        gate.number('threshold', threshold, 0)
+
 
 def _rounds(x, graph, starts, metric, n_sigma, threshold, normalize_centroids, ceiling):
     "`hdc_rounds` of input that is checked."
-    def settle(nearest): return np.maximum(nearest, 0) if ceiling == 'first' else nearest
+
+    def settle(nearest):
+        return np.maximum(nearest, 0) if ceiling == 'first' else nearest
+
     k, on = len(starts), parts_for(x)
     a, distances = discrepancies(graph), on.CentroidDistances(x, metric)
     labels, centroids = settle(nearest_start(graph, starts)), x[starts]
@@ -402,16 +550,18 @@ def _rounds(x, graph, starts, metric, n_sigma, threshold, normalize_centroids, c
         refill(labels, H, total - H, k, discrepancy_to)
         peripheral = peripheral_objects(labels, H, k, n_sigma, threshold)
         means = on.cluster_means(x, np.where(peripheral, -1, labels), k)
-        if normalize_centroids: means = _unit(means)
+        if normalize_centroids:
+            means = _unit(means)
         shift = float((as_numpy(means - centroids).astype(np.float64) ** 2).sum())
         centroids = means
         yield Round(labels.copy(), H, peripheral, centroids, shift, n_ceiling)
 
 # %% ../nbs/04_hdc.ipynb #90b41a36
-def converged(shifts: list,       # shift of every round so far
-              min_iter: int = 10,  # rounds before shifts are compared
-              patience: int = 4,   # rounds without a new smallest shift that are let pass
-              ) -> bool:
+def converged(
+    shifts: list,  # shift of every round so far
+    min_iter: int = 10,  # rounds before shifts are compared
+    patience: int = 4,  # rounds without a new smallest shift that are let pass
+) -> bool:
     "Nothing moved in the last round, or it was one too many without a new smallest shift."
     late = shifts[min_iter:]
     return shifts[-1] == 0 or (len(late) > 0 and len(late) - 1 - int(np.argmin(late)) > patience)
@@ -421,49 +571,85 @@ def _distinct(starts, n, random):
     "k-means++ repeats a start where X holds copies: other samples take the place of repeats."
     first = np.unique(starts, return_index=True)[1]
     others = np.setdiff1d(random.permutation(n), starts, assume_unique=True)
-    return np.r_[starts[np.sort(first)], others[:len(starts) - len(first)]]
+    return np.r_[starts[np.sort(first)], others[: len(starts) - len(first)]]
 
 # %% ../nbs/04_hdc.ipynb #83b3586d
 class HDC(ClusterMixin, BaseEstimator):
     "Harmonic Discrepancy Clustering (3C, arXiv 2408.09464, Algorithm 1), sparse and exact."
-    def __init__(self,
-                 n_clusters: int = 8,               # K <= N
-                 *,
-                 init='k-means++',                  # 'k-means++' on the graph, 'k-means++-x' on X, 'random', or (K,) sample indices
-                 metric: str = 'euler_cosine',      # sample-centroid distance: 'euler_cosine', 'cosine', 'euclidean'
-                 n_sigma: float = 1.0,              # peripheral: H above mean + n_sigma * std of the cluster
-                 threshold: float = None,           # peripheral: H above this, instead
-                 normalize_centroids: bool = False,  # centroids scaled to unit norm in every round
-                 outliers: bool = True,             # peripheral objects are -1 in `labels_`
-                 ceiling: str = 'first',            # samples that share no neighbour with any cluster: 'first' cluster or 'outlier'
-                 max_iter: int = 80,                # rounds at most
-                 min_iter: int = 10,                # rounds before shifts are compared
-                 patience: int = 4,                 # rounds without a smaller shift that are let pass
-                 k1: int = 30, k2: int = 6,         # of the Jaccard graph, where none is given
-                 random_state=None):                # seed or RandomState, for the start
-        self.n_clusters, self.init, self.metric, self.n_sigma, self.threshold = n_clusters, init, metric, n_sigma, threshold
-        self.normalize_centroids, self.outliers, self.ceiling = normalize_centroids, outliers, ceiling
-        self.max_iter, self.min_iter, self.patience, self.k1, self.k2, self.random_state = max_iter, min_iter, patience, k1, k2, random_state
 
-    def fit(self,
-            X,             # (N, D) embeddings; a tensor on an accelerator stays there
-            y=None,        # ignored: labels are never read
-            *,
-            graph=None):   # (N, N) distances in [0, 1], CSR (absent: 1), dense, or a graph on an accelerator; None: Jaccard distance of the row-normalised X
-        "Cluster X; sets `labels_ assignments_ confidence_ discrepancy_ cluster_centers_ n_iter_ shift_ init_indices_ n_ceiling_`."
+    def __init__(
+        self,
+        n_clusters: int = 8,  # K <= N
+        *,
+        init='k-means++',  # 'k-means++' on the graph, 'k-means++-x' on X, 'random', or (K,) sample indices
+        metric: str = 'euler_cosine',  # sample-centroid distance: 'euler_cosine', 'cosine', 'euclidean'
+        n_sigma: float = 1.0,  # peripheral: H above mean + n_sigma * std of the cluster
+        threshold: float = None,  # peripheral: H above this, instead
+        normalize_centroids: bool = False,  # centroids scaled to unit norm in every round
+        outliers: bool = True,  # peripheral objects are -1 in `labels_`
+        ceiling: str = 'first',  # samples that share no neighbour with any cluster: 'first' cluster or 'outlier'
+        max_iter: int = 80,  # rounds at most
+        min_iter: int = 10,  # rounds before shifts are compared
+        patience: int = 4,  # rounds without a smaller shift that are let pass
+        k1: int = 30,
+        k2: int = 6,  # of the Jaccard graph, where none is given
+        random_state=None,  # seed or RandomState, for the start
+    ):
+        self.n_clusters, self.init, self.metric, self.n_sigma, self.threshold = (
+            n_clusters,
+            init,
+            metric,
+            n_sigma,
+            threshold,
+        )
+        self.normalize_centroids, self.outliers, self.ceiling = normalize_centroids, outliers, ceiling
+        self.max_iter, self.min_iter, self.patience, self.k1, self.k2, self.random_state = (
+            max_iter,
+            min_iter,
+            patience,
+            k1,
+            k2,
+            random_state,
+        )
+
+    def fit(
+        self,
+        X,  # (N, D) embeddings; a tensor on an accelerator stays there
+        y=None,  # ignored: labels are never read
+        *,
+        graph=None,  # (N, N) distances in [0, 1], CSR (absent: 1), dense, or a graph on an accelerator; None: Jaccard distance of the row-normalised X
+    ):
+        """Cluster X; sets `labels_ assignments_ confidence_ discrepancy_ cluster_centers_ n_iter_ shift_
+        init_indices_ n_ceiling_`."""
         gate.one_thread_after_fork()
         X = self._validated(X, graph)
         self._check(len(X))
         k1 = min(self.k1, len(X) - 1)
-        graph = jaccard_distance(_unit(X), k1, min(self.k2, k1 + 1)) if graph is None else as_graph(graph, len(X))
+        graph = (
+            jaccard_distance(_unit(X), k1, min(self.k2, k1 + 1)) if graph is None else as_graph(graph, len(X))
+        )
         self.init_indices_, self.shift_ = self._starts(X, graph), []
-        rounds = _rounds(X, graph, self.init_indices_, self.metric, self.n_sigma, self.threshold, self.normalize_centroids, self.ceiling)
+        rounds = _rounds(
+            X,
+            graph,
+            self.init_indices_,
+            self.metric,
+            self.n_sigma,
+            self.threshold,
+            self.normalize_centroids,
+            self.ceiling,
+        )
         for last in progress(islice(rounds, self.max_iter), 'HDC rounds'):
             self.shift_.append(last.shift)
-            if converged(self.shift_, self.min_iter, self.patience): break
+            if converged(self.shift_, self.min_iter, self.patience):
+                break
         self.assignments_ = np.maximum(last.labels, 0)
         self.labels_ = np.where(last.peripheral & self.outliers, -1, last.labels).astype(np.int32)
-        self.discrepancy_, self.cluster_centers_, self.n_ceiling_ = last.discrepancy, as_numpy(last.centroids), last.n_ceiling
+        self.discrepancy_, self.cluster_centers_, self.n_ceiling_ = (
+            last.discrepancy,
+            as_numpy(last.centroids),
+            last.n_ceiling,
+        )
         self.confidence_ = np.clip(1 - last.discrepancy / CEILING, 0, 1)
         self.n_iter_ = len(self.shift_)
         return self
@@ -472,35 +658,66 @@ class HDC(ClusterMixin, BaseEstimator):
         "(N, D) float32, finite; a tensor only where the work is to be done on its device."
         stays = on_accelerator(X) or (is_tensor(getattr(graph, 'data', None)) and hasattr(graph, 'indptr'))
         if not stays:
-            if np.ma.is_masked(X): raise ValueError(f'X must have no masked values; got {np.ma.count_masked(X)}')
+            if np.ma.is_masked(X):
+                raise ValueError(f'X must have no masked values; got {np.ma.count_masked(X)}')
             X = validate_data(self, as_numpy(X), dtype=np.float32, ensure_min_samples=2)
             gate.finite_norms(np.einsum('nd,nd->n', X, X), lambda: np.isfinite(X).all(1), 'X')
             return X
-        if not is_tensor(X): raise ValueError(f'X must be a tensor where the graph is one; got {type(X).__name__}')
+        if not is_tensor(X):
+            raise ValueError(f'X must be a tensor where the graph is one; got {type(X).__name__}')
         X = X.detach()
-        if X.ndim != 2 or not len(X) or X.is_complex(): raise ValueError(f'X must be real (N, D); got {X.dtype} of shape {tuple(X.shape)}')
+        if X.ndim != 2 or not len(X) or X.is_complex():
+            raise ValueError(f'X must be real (N, D); got {X.dtype} of shape {tuple(X.shape)}')
         X, self.n_features_in_ = X.float(), X.shape[1]
         gate.finite_norms((X * X).sum(1), lambda: as_numpy(X.isfinite().all(1)), 'X')
         return X
 
     def _check(self, n):
         "Every parameter against its rule, before any work."
-        for name, value, choices in [('metric', self.metric, tuple(METRICS)), ('ceiling', self.ceiling, ('first', 'outlier'))]:
-            if not isinstance(value, str) or value not in choices: raise ValueError(f'{name} must be one of {choices}; got {value!r}')
-        for name, least in [('n_clusters', 1), ('max_iter', 1), ('min_iter', 0), ('patience', 0), ('k1', 1), ('k2', 1)]:
+        for name, value, choices in [
+            ('metric', self.metric, tuple(METRICS)),
+            ('ceiling', self.ceiling, ('first', 'outlier')),
+        ]:
+            if not isinstance(value, str) or value not in choices:
+                raise ValueError(f'{name} must be one of {choices}; got {value!r}')
+        for name, least in [
+            ('n_clusters', 1),
+            ('max_iter', 1),
+            ('min_iter', 0),
+            ('patience', 0),
+            ('k1', 1),
+            ('k2', 1),
+        ]:
             gate.whole(name, getattr(self, name), least)
-        for name in ('normalize_centroids', 'outliers'): gate.switch(name, getattr(self, name))
+        for name in ('normalize_centroids', 'outliers'):
+            gate.switch(name, getattr(self, name))
         check_peripheral(self.n_sigma, self.threshold)
-        if self.n_clusters > n: raise ValueError(f'n_clusters must not exceed the number of samples; got n_clusters={self.n_clusters} with n_samples={n}')
+        if self.n_clusters > n:
+            raise ValueError(
+                f'n_clusters must not exceed the number of samples; got n_clusters={self.n_clusters} with'
+                f' n_samples={n}'
+            )
 
     def _starts(self, X, graph):
         "(K,) distinct sample indices."
         if not isinstance(self.init, str):
             starts = _checked_starts(self.init, len(X))
-            if len(starts) != self.n_clusters: raise ValueError(f'init must be {self.n_clusters} distinct sample indices in 0..{len(X) - 1}; got {self.init!r}')
+            if len(starts) != self.n_clusters:
+                raise ValueError(
+                    f'init must be {self.n_clusters} distinct sample indices in 0..{len(X) - 1}; got'
+                    f' {self.init!r}'
+                )
             return starts
         random = check_random_state(self.random_state)
-        if self.init == 'k-means++': return graph_plusplus(graph, self.n_clusters, random)
-        if self.init == 'k-means++-x': return _distinct(kmeans_plusplus(as_numpy(X), self.n_clusters, random_state=random)[1], len(X), random)
-        if self.init == 'random': return random.choice(len(X), self.n_clusters, replace=False)
-        raise ValueError(f"init must be 'k-means++', 'k-means++-x', 'random' or an array of sample indices; got {self.init!r}")
+        if self.init == 'k-means++':
+            return graph_plusplus(graph, self.n_clusters, random)
+        if self.init == 'k-means++-x':
+            return _distinct(
+                kmeans_plusplus(as_numpy(X), self.n_clusters, random_state=random)[1], len(X), random
+            )
+        if self.init == 'random':
+            return random.choice(len(X), self.n_clusters, replace=False)
+        raise ValueError(
+            "init must be 'k-means++', 'k-means++-x', 'random' or an array of sample indices; got"
+            f" {self.init!r}"
+        )

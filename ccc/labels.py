@@ -26,93 +26,128 @@ from .neighbors import as_numpy, checked_embeddings, is_tensor, jaccard_distance
 # %% ../nbs/05_labels.ipynb #7bcf490b
 OUTLIER = -1
 
+
 def _camera_shares(labels, camids):
     "(K, C) share of each camera among the members of each cluster."
     members = labels >= 0
     counts = contingency_matrix(labels[members], np.asarray(camids)[members])
     return counts / counts.sum(axis=1, keepdims=True)
 
+
 @dataclass
 class PseudoLabels:
     "Clusters of one epoch: numbered 0..K-1, none of them empty."
-    labels: np.ndarray      # (N,) int32, OUTLIER = -1
+
+    labels: np.ndarray  # (N,) int32, OUTLIER = -1
     confidence: np.ndarray  # (N,) float32 in [0, 1]; HDC gives outliers one too, the others 0
-    centroids: np.ndarray   # (K, D) float32, the start of the memory; not scaled
+    centroids: np.ndarray  # (K, D) float32, the start of the memory; not scaled
 
     @property
-    def n_clusters(self): return len(self.centroids)
+    def n_clusters(self):
+        return len(self.centroids)
 
     @property
-    def n_outliers(self): return int(np.count_nonzero(self.labels < 0))
+    def n_outliers(self):
+        return int(np.count_nonzero(self.labels < 0))
 
-    def camera_entropy(self,
-                       camids,  # (N,) camera of every sample
-                       ) -> np.ndarray:  # (K,) bits
+    def camera_entropy(
+        self,
+        camids,  # (N,) camera of every sample
+    ) -> np.ndarray:  # (K,) bits
         "Entropy of the cameras inside each cluster: 0 where one camera has all members."
         p = _camera_shares(self.labels, camids)
         return (p * np.log2(1 / np.where(p > 0, p, 1))).sum(axis=1)
 
     def check(self, n: int):  # images
-        "ValueError unless labels and confidence are of n images, and clusters are numbered 0..K-1 without a gap."
+        """ValueError unless labels and confidence are of n images, and clusters are numbered 0..K-1
+        without a gap."""
         check_label_array(self.labels, n)
         confidence = np.asarray(self.confidence)
         if confidence.shape != (n,) or not ((confidence >= 0) & (confidence <= 1)).all():
             raise ValueError(f'confidence must be ({n},) in [0, 1], got {_range_of(confidence)}')
 
     @classmethod
-    def from_labels(cls,
-                    labels,           # (N,) whole numbers: clusters 0..K-1 without a gap, outliers -1
-                    x,                # (N, D) embeddings
-                    confidence=None,  # (N,) in [0, 1]; None: (1 + cosine to the own centroid) / 2, 0 for outliers
-                   ) -> 'PseudoLabels':
-        "Pseudo-labels of any clusterer; centroids are the means of the members. ValueError for labels that are none."
+    def from_labels(
+        cls,
+        labels,  # (N,) whole numbers: clusters 0..K-1 without a gap, outliers -1
+        x,  # (N, D) embeddings
+        confidence=None,  # (N,) in [0, 1]; None: (1 + cosine to the own centroid) / 2, 0 for outliers
+    ) -> 'PseudoLabels':
+        """Pseudo-labels of any clusterer; centroids are the means of the members. ValueError for labels
+        that are none."""
         x = np.asarray(as_numpy(x), np.float32)
         labels = check_label_array(labels, len(x)).astype(np.int32)
         k = int(labels.max(initial=-1)) + 1
-        centroids = as_numpy(parts_for(x).cluster_means(x, labels, k)) if k else np.zeros((0, x.shape[1]), np.float32)
-        if confidence is None: confidence = _cosine_confidence(x, labels, centroids)
+        centroids = (
+            as_numpy(parts_for(x).cluster_means(x, labels, k)) if k else np.zeros((0, x.shape[1]), np.float32)
+        )
+        if confidence is None:
+            confidence = _cosine_confidence(x, labels, centroids)
         made = cls(labels, np.asarray(confidence, np.float32), centroids)
         made.check(len(x))
         return made
 
+
 def check_label_array(labels, n: int) -> np.ndarray:  # images
-    "`labels` as an array; ValueError unless they number clusters of n images from 0 without a gap, outliers -1."
+    """`labels` as an array; ValueError unless they number clusters of n images from 0 without a gap,
+    outliers -1."""
     labels = np.asarray(as_numpy(labels))
-    if labels.shape != (n,): raise ValueError(f'labels must be ({n},), got shape {labels.shape}')
-    if labels.dtype.kind not in 'iu': raise ValueError(f'labels must be whole numbers, got {labels.dtype}')
-    if n and labels.min() < OUTLIER: raise ValueError(f'labels must be {OUTLIER} for outliers and else from 0, got {labels.min()}')
+    if labels.shape != (n,):
+        raise ValueError(f'labels must be ({n},), got shape {labels.shape}')
+    if labels.dtype.kind not in 'iu':
+        raise ValueError(f'labels must be whole numbers, got {labels.dtype}')
+    if n and labels.min() < OUTLIER:
+        raise ValueError(f'labels must be {OUTLIER} for outliers and else from 0, got {labels.min()}')
     clusters = np.unique(labels[labels >= 0])
     if len(clusters) and clusters[-1] != len(clusters) - 1:
-        raise ValueError(f'labels must number clusters without a gap, got {len(clusters)} clusters up to number {clusters[-1]}')
+        raise ValueError(
+            f'labels must number clusters without a gap, got {len(clusters)} clusters up to number'
+            f' {clusters[-1]}'
+        )
     return labels
+
 
 def _range_of(values):
     "Shape and range of an array, for a message."
-    return f'shape {values.shape}' + (f' from {np.nanmin(values):g} to {np.nanmax(values):g}' if values.size and values.dtype.kind in 'iuf' else '')
+    return f'shape {values.shape}' + (
+        f' from {np.nanmin(values):g} to {np.nanmax(values):g}'
+        if values.size and values.dtype.kind in 'iuf'
+        else ''
+    )
 
 # %% ../nbs/05_labels.ipynb #7f86c1f7
-def drop_small_clusters(labels: np.ndarray,      # (N,) int, OUTLIER = -1
-                        centroids: np.ndarray,   # (K, D)
-                        min_instances: int = 4,  # members a cluster needs
-                        ) -> tuple[np.ndarray, np.ndarray]:  # labels (N,) int32 renumbered; centroids of the clusters that stay
+def drop_small_clusters(
+    labels: np.ndarray,  # (N,) int, OUTLIER = -1
+    centroids: np.ndarray,  # (K, D)
+    min_instances: int = 4,  # members a cluster needs
+) -> tuple[np.ndarray, np.ndarray]:  # labels (N,) int32 renumbered; centroids of the clusters that stay
     "Make outliers of the clusters with fewer members; the others keep their order and centroids."
     stays = np.bincount(labels[labels >= 0], minlength=len(centroids)) >= min_instances
-    renumbered = np.append(np.where(stays, stays.cumsum() - 1, OUTLIER), OUTLIER)     # the last entry answers label -1
+    # the last entry answers label -1
+    renumbered = np.append(np.where(stays, stays.cumsum() - 1, OUTLIER), OUTLIER)
     return renumbered[labels].astype(np.int32), centroids[stays]
 
 # %% ../nbs/05_labels.ipynb #39cf3d57
-def within(graph: csr_array,  # (N, N) distances; absent: 1
-           eps: float,        # pairs farther apart are dropped
-           ) -> csr_array:    # each row in ascending order, as scikit-learn's neighbour searches want it
+def within(
+    graph: csr_array,  # (N, N) distances; absent: 1
+    eps: float,  # pairs farther apart are dropped
+) -> csr_array:  # each row in ascending order, as scikit-learn's neighbour searches want it
     "The graph thinned to pairs at most eps apart."
-    graph = csr_array((as_numpy(graph.data), as_numpy(graph.indices), as_numpy(graph.indptr)), shape=graph.shape)
+    graph = csr_array(
+        (as_numpy(graph.data), as_numpy(graph.indices), as_numpy(graph.indptr)), shape=graph.shape
+    )
     kept = graph.data <= eps
     indptr = np.r_[0, np.cumsum(kept, dtype=np.int64)][graph.indptr]
     thin = csr_array((graph.data[kept], graph.indices[kept], indptr), shape=graph.shape)
     return thin if not thin.nnz else sort_graph_by_row_values(thin, copy=False, warn_when_not_sorted=False)
 
+
 def _dbscan(x, graph, eps, min_instances):
-    labels = DBSCAN(eps=eps, min_samples=min_instances, metric='precomputed').fit_predict(within(graph, eps)).astype(np.int32)
+    labels = (
+        DBSCAN(eps=eps, min_samples=min_instances, metric='precomputed')
+        .fit_predict(within(graph, eps))
+        .astype(np.int32)
+    )
     centroids = as_numpy(parts_for(x).cluster_means(x, labels, labels.max() + 1))
     return labels, _cosine_confidence(x, labels, centroids), centroids
 
@@ -121,51 +156,74 @@ def _cosine_confidence(x, labels, centroids):
     "(1 + cosine to the own centroid) / 2, 0 for outliers; (N,) float32."
     confidence, members = np.zeros(len(x), np.float32), np.flatnonzero(labels >= 0)
     z, own = x[members], centroids[labels[members]]
-    if is_tensor(x): own = x.new_tensor(own)
-    norms = ((z * z).sum(1) * (own * own).sum(1)) ** .5
+    if is_tensor(x):
+        own = x.new_tensor(own)
+    norms = ((z * z).sum(1) * (own * own).sum(1)) ** 0.5
     confidence[members] = as_numpy(1 + (z * own).sum(1) / (norms + (norms == 0))) / 2
     return np.clip(confidence, 0, 1)
 
 # %% ../nbs/05_labels.ipynb #c62cb227
 def _hdc(x, graph, min_instances, hdc, own_centroids):
     hdc.fit(x, graph=graph)
-    centroids = hdc.cluster_centers_ if own_centroids else as_numpy(parts_for(x).cluster_means(x, hdc.labels_, hdc.n_clusters))
+    centroids = (
+        hdc.cluster_centers_
+        if own_centroids
+        else as_numpy(parts_for(x).cluster_means(x, hdc.labels_, hdc.n_clusters))
+    )
     labels, centroids = drop_small_clusters(hdc.labels_, centroids, min_instances)
     return labels, hdc.confidence_, centroids
 
+
 def _kmeans(x, n_clusters, min_instances, random_state):
-    if gate.whole('n_clusters', n_clusters, 1) > len(x): raise ValueError(f'n_clusters must not exceed the number of samples; got n_clusters={n_clusters} with n_samples={len(x)}')
-    labels, centroids = _kmeans_torch(x, n_clusters, random_state) if is_tensor(x) else _kmeans_sklearn(x, n_clusters, random_state)
+    if gate.whole('n_clusters', n_clusters, 1) > len(x):
+        raise ValueError(
+            f'n_clusters must not exceed the number of samples; got n_clusters={n_clusters} with'
+            f' n_samples={len(x)}'
+        )
+    labels, centroids = (
+        _kmeans_torch(x, n_clusters, random_state)
+        if is_tensor(x)
+        else _kmeans_sklearn(x, n_clusters, random_state)
+    )
     labels, centroids = drop_small_clusters(labels, centroids, min_instances)
     return labels, _cosine_confidence(x, labels, centroids), centroids
+
 
 def _kmeans_sklearn(x, n_clusters, random_state):
     kmeans = KMeans(n_clusters, n_init=1, random_state=random_state).fit(x)
     return kmeans.labels_, kmeans.cluster_centers_.astype(np.float32)
 
+
 def _kmeans_torch(x, n_clusters, random_state, max_iter=300, tol=1e-4):
-    "scikit-learn's steps from scikit-learn's starts, on the device of x: rows of a study are comparable whatever they ran on."
+    """scikit-learn's steps from scikit-learn's starts, on the device of x: rows of a study are comparable
+    whatever they ran on."""
     means, mean = parts_for(x).cluster_means, x.mean(0)
-    x, labels = x - mean, None                                              # as scikit-learn does, for precision
+    x, labels = x - mean, None  # as scikit-learn does, for precision
     limit = tol * float(x.var(0, correction=0).mean())
-    centroids = x.new_tensor(kmeans_plusplus(as_numpy(x), n_clusters, random_state=check_random_state(random_state))[0])
+    centroids = x.new_tensor(
+        kmeans_plusplus(as_numpy(x), n_clusters, random_state=check_random_state(random_state))[0]
+    )
     for _ in range(max_iter):
         before, (labels, far) = labels, _nearest_centroids(x, centroids)
         empty = np.flatnonzero(np.bincount(labels, minlength=n_clusters) == 0)
         moved = labels.copy()
-        moved[np.argsort(-far, kind='stable')[:len(empty)]] = empty          # the farthest samples begin clusters anew
+        # the farthest samples begin clusters anew
+        moved[np.argsort(-far, kind='stable')[: len(empty)]] = empty
         new = means(x, moved, n_clusters)
         shift, centroids = float((new - centroids).square().sum()), new
-        if before is not None and np.array_equal(labels, before): break
+        if before is not None and np.array_equal(labels, before):
+            break
         if shift <= limit:
             labels = _nearest_centroids(x, centroids)[0]
             break
     return labels.astype(np.int32), as_numpy(centroids + mean)
 
+
 def _nearest_centroids(x, centroids):
     "Nearest centroid of each sample and the squared distance to it, NumPy."
     import torch
     from ccc._neighbors_torch import exact_products, row_blocks
+
     norms, parts = centroids.square().sum(1), []
     with exact_products():
         for lo, hi in row_blocks(len(x), width=len(centroids)):
@@ -176,118 +234,184 @@ def _nearest_centroids(x, centroids):
 # %% ../nbs/05_labels.ipynb #c365082d
 def check_method(method):
     "ValueError for a label maker that does not exist."
-    if not isinstance(method, str) or method not in ('hdc', 'dbscan', 'kmeans'): raise ValueError(f"method must be 'hdc', 'dbscan' or 'kmeans'; got {method!r}")
+    if not isinstance(method, str) or method not in ('hdc', 'dbscan', 'kmeans'):
+        raise ValueError(f"method must be 'hdc', 'dbscan' or 'kmeans'; got {method!r}")
 
-def build_graph(x,                     # (N, D) embeddings
-                method: str = 'hdc',   # of `make_labels`
-                eps: float = 0.6, k1: int = 30, k2: int = 6, index: str = 'exact',  # of `make_labels`
-                ):                     # (N, N) Jaccard distances; None for k-means
+
+def build_graph(
+    x,  # (N, D) embeddings
+    method: str = 'hdc',  # of `make_labels`
+    eps: float = 0.6,
+    k1: int = 30,
+    k2: int = 6,
+    index: str = 'exact',  # of `make_labels`
+):  # (N, N) Jaccard distances; None for k-means
     "The neighbour graph in which a label maker works; k1 and k2 are clipped to what N samples allow."
     check_method(method)
-    if method == 'kmeans': return None
+    if method == 'kmeans':
+        return None
     gate.number('eps', eps, 0)
-    for name, k in dict(k1=k1, k2=k2).items(): gate.whole(name, k, 1)
-    return jaccard_distance(x, min(k1, len(x) - 1), min(k2, len(x)), limit=eps if method == 'dbscan' else 1., index=index)
+    for name, k in dict(k1=k1, k2=k2).items():
+        gate.whole(name, k, 1)
+    return jaccard_distance(
+        x, min(k1, len(x) - 1), min(k2, len(x)), limit=eps if method == 'dbscan' else 1.0, index=index
+    )
 
 # %% ../nbs/05_labels.ipynb #a3441462
 def check_options(min_instances, eps, k1, k2, jaccard, own_centroids, hdc_options):
     "Every setting against its rule, whether or not the method has a use for it."
-    for name, value in dict(min_instances=min_instances, k1=k1, k2=k2).items(): gate.whole(name, value, 0 if name == 'min_instances' else 1)
+    for name, value in dict(min_instances=min_instances, k1=k1, k2=k2).items():
+        gate.whole(name, value, 0 if name == 'min_instances' else 1)
     gate.number('eps', eps, 0)
-    for name, value in dict(jaccard=jaccard, own_centroids=own_centroids).items(): gate.switch(name, value)
-    if not isinstance(hdc_options or {}, dict): raise ValueError(f'hdc_options must be a dict; got {type(hdc_options).__name__}')
+    for name, value in dict(jaccard=jaccard, own_centroids=own_centroids).items():
+        gate.switch(name, value)
+    if not isinstance(hdc_options or {}, dict):
+        raise ValueError(f'hdc_options must be a dict; got {type(hdc_options).__name__}')
     unknown = set(hdc_options or {}) - (set(HDC().get_params()) - {'n_clusters', 'random_state'})
-    if unknown: raise ValueError(f"hdc_options must be further arguments of HDC; got {', '.join(map(repr, sorted(map(str, unknown))))}")
+    if unknown:
+        raise ValueError(
+            "hdc_options must be further arguments of HDC; got"
+            f" {', '.join(map(repr, sorted(map(str, unknown))))}"
+        )
+
 
 def _in_place(x):
     "A tensor where it is, float32 and checked."
-    if on_accelerator(x): return checked_embeddings(x)
+    if on_accelerator(x):
+        return checked_embeddings(x)
     checked_embeddings(x)
     return x.detach().float()
 
 # %% ../nbs/05_labels.ipynb #2b5995b2
-def make_labels(x,                         # (N, D) float32 embeddings, unit norm; a tensor on an accelerator stays there
-                method: str = 'hdc',       # 'hdc', 'dbscan' or 'kmeans'
-                min_instances: int = 4,    # HDC, k-means: members a cluster needs; DBSCAN: min_samples
-                *,
-                n_clusters: int = 750,     # HDC, k-means: K <= N
-                eps: float = 0.6,          # DBSCAN: radius in Jaccard distance
-                k1: int = 30, k2: int = 6,  # of the Jaccard graph, where none is given; k1 is clipped to N - 1
-                graph=None,                # (N, N) distances in [0, 1], CSR (absent: 1) or dense
-                index: str = 'exact',      # how neighbours are found where no graph is given: 'exact', 'ivf', 'hnsw'
-                jaccard: bool = True,      # False: HDC on its own metric between samples, DBSCAN on the halved cosine distance, both dense
-                own_centroids: bool = True,  # HDC: its own centroids; False: means of the final members
-                hdc_options: dict = None,  # further arguments of HDC
-                random_state=None,         # seed, for the starts
-                ) -> PseudoLabels:
+def make_labels(
+    x,  # (N, D) float32 embeddings, unit norm; a tensor on an accelerator stays there
+    method: str = 'hdc',  # 'hdc', 'dbscan' or 'kmeans'
+    min_instances: int = 4,  # HDC, k-means: members a cluster needs; DBSCAN: min_samples
+    *,
+    n_clusters: int = 750,  # HDC, k-means: K <= N
+    eps: float = 0.6,  # DBSCAN: radius in Jaccard distance
+    k1: int = 30,
+    k2: int = 6,  # of the Jaccard graph, where none is given; k1 is clipped to N - 1
+    graph=None,  # (N, N) distances in [0, 1], CSR (absent: 1) or dense
+    index: str = 'exact',  # how neighbours are found where no graph is given: 'exact', 'ivf', 'hnsw'
+    jaccard: bool = True,  # False: HDC on its own metric between samples, DBSCAN on the halved cosine distance, both dense
+    own_centroids: bool = True,  # HDC: its own centroids; False: means of the final members
+    hdc_options: dict = None,  # further arguments of HDC
+    random_state=None,  # seed, for the starts
+) -> PseudoLabels:
     "Cluster one epoch's embeddings (3C, section III); ValueError for an unknown method or impossible sizes."
     gate.one_thread_after_fork()
     check_method(method)
     check_options(min_instances, eps, k1, k2, jaccard, own_centroids, hdc_options)
-    stays = jaccard and (on_accelerator(x) or (is_tensor(getattr(graph, 'data', None)) and hasattr(graph, 'indptr')))
-    if stays and not is_tensor(x): raise ValueError(f'embeddings must be a tensor where the graph is one; got {type(x).__name__}')
+    stays = jaccard and (
+        on_accelerator(x) or (is_tensor(getattr(graph, 'data', None)) and hasattr(graph, 'indptr'))
+    )
+    if stays and not is_tensor(x):
+        raise ValueError(f'embeddings must be a tensor where the graph is one; got {type(x).__name__}')
     x = _in_place(x) if stays else checked_embeddings(as_numpy(x))
-    gate.finite_norms((x * x).sum(1) if is_tensor(x) else np.einsum('nd,nd->n', x, x), lambda: np.ones(len(x), bool))    # of means and confidences
-    if method == 'kmeans': return PseudoLabels(*_kmeans(x, n_clusters, min_instances, random_state))
+    # of means and confidences
+    gate.finite_norms(
+        (x * x).sum(1) if is_tensor(x) else np.einsum('nd,nd->n', x, x), lambda: np.ones(len(x), bool)
+    )
+    if method == 'kmeans':
+        return PseudoLabels(*_kmeans(x, n_clusters, min_instances, random_state))
     hdc = HDC(n_clusters, random_state=random_state, **(hdc_options or {}))
-    if graph is None and jaccard: graph = build_graph(x, method, eps, k1, k2, index)
-    elif graph is None: graph = pairwise_distance(x, x, hdc.metric if method == 'hdc' else 'cosine', normalize=True)
-    if method == 'hdc': return PseudoLabels(*_hdc(x, graph, min_instances, hdc, own_centroids))    # which checks the graph
+    if graph is None and jaccard:
+        graph = build_graph(x, method, eps, k1, k2, index)
+    elif graph is None:
+        graph = pairwise_distance(x, x, hdc.metric if method == 'hdc' else 'cosine', normalize=True)
+    if method == 'hdc':
+        return PseudoLabels(*_hdc(x, graph, min_instances, hdc, own_centroids))  # which checks the graph
     return PseudoLabels(*_dbscan(x, as_graph(graph, len(x)), eps, min_instances))
 
 # %% ../nbs/05_labels.ipynb #97b9a070
-def churn(labels: np.ndarray,    # (N,) int, OUTLIER = -1
-          previous: np.ndarray,  # (N,) int, of the epoch before
-          ) -> float:            # in [0, 1]
-    "Share of the samples labelled in both epochs that are not in the cluster matched to their earlier one (best one-to-one matching)."
+def churn(
+    labels: np.ndarray,  # (N,) int, OUTLIER = -1
+    previous: np.ndarray,  # (N,) int, of the epoch before
+) -> float:  # in [0, 1]
+    """Share of the samples labelled in both epochs that are not in the cluster matched to their earlier
+    one (best one-to-one matching)."""
     both = (labels >= 0) & (previous >= 0)
-    if not both.any(): return 1.0
+    if not both.any():
+        return 1.0
     overlap = contingency_matrix(previous[both], labels[both])
     return float(1 - overlap[linear_sum_assignment(overlap, maximize=True)].sum() / both.sum())
 
-def diagnose(labels,          # (N,) int with OUTLIER = -1, or PseudoLabels
-             pids=None,       # (N,) true identities, where known
-             camids=None,     # (N,) cameras, where known
-             previous=None,   # labels of the epoch before, (N,) or PseudoLabels
-             ) -> dict:
-    "Counts, and scores in [0, 1] (camera entropy: mean bits; AMI and ARI are 0 by chance and may fall below) over the samples that are in a cluster; NaN where there is none."
+
+def diagnose(
+    labels,  # (N,) int with OUTLIER = -1, or PseudoLabels
+    pids=None,  # (N,) true identities, where known
+    camids=None,  # (N,) cameras, where known
+    previous=None,  # labels of the epoch before, (N,) or PseudoLabels
+) -> dict:
+    """Counts, and scores in [0, 1] (camera entropy: mean bits; AMI and ARI are 0 by chance and may fall
+    below) over the samples that are in a cluster; NaN where there is none."""
     labels, previous = (getattr(l, 'labels', l) for l in (labels, previous))
     labels = np.asarray(labels)
     members = labels >= 0
     sizes = np.unique(labels[members], return_counts=True)[1]
-    report = dict(n_clusters=len(sizes), n_outliers=int((~members).sum()), largest=int(sizes.max(initial=0)), median_size=float(np.median(sizes)) if len(sizes) else 0.)
-    def score(function, truth): return float(function(np.asarray(truth)[members], labels[members])) if members.any() else float('nan')
+    report = dict(
+        n_clusters=len(sizes),
+        n_outliers=int((~members).sum()),
+        largest=int(sizes.max(initial=0)),
+        median_size=float(np.median(sizes)) if len(sizes) else 0.0,
+    )
+
+    def score(function, truth):
+        return float(function(np.asarray(truth)[members], labels[members])) if members.any() else float('nan')
+
     if pids is not None:
-        report |= dict(nmi=score(normalized_mutual_info_score, pids), ami=score(adjusted_mutual_info_score, pids), ari=score(adjusted_rand_score, pids), purity=score(_purity, pids))
+        report |= dict(
+            nmi=score(normalized_mutual_info_score, pids),
+            ami=score(adjusted_mutual_info_score, pids),
+            ari=score(adjusted_rand_score, pids),
+            purity=score(_purity, pids),
+        )
     if camids is not None:
-        report |= dict(camera_nmi=score(normalized_mutual_info_score, camids), camera_ami=score(adjusted_mutual_info_score, camids),
-                       camera_entropy=score(lambda c, l: PseudoLabels(l, None, None).camera_entropy(c).mean(), camids))
-    if previous is not None: report |= dict(churn=churn(labels, np.asarray(previous)))
+        report |= dict(
+            camera_nmi=score(normalized_mutual_info_score, camids),
+            camera_ami=score(adjusted_mutual_info_score, camids),
+            camera_entropy=score(lambda c, l: PseudoLabels(l, None, None).camera_entropy(c).mean(), camids),
+        )
+    if previous is not None:
+        report |= dict(churn=churn(labels, np.asarray(previous)))
     return report
 
-def _purity(truth, labels): return contingency_matrix(truth, labels).max(axis=0).sum() / len(labels)
+
+def _purity(truth, labels):
+    return contingency_matrix(truth, labels).max(axis=0).sum() / len(labels)
 
 # %% ../nbs/05_labels.ipynb #ba271e7b
 class CameraBias(NamedTuple):
     "How many of the nearest neighbours the own camera takes, and how many it would take by chance."
-    share: float   # of an image's k nearest that show its own camera, in [0, 1], mean over images
+
+    share: float  # of an image's k nearest that show its own camera, in [0, 1], mean over images
     chance: float  # the same for neighbours drawn at random
-    k: int         # neighbours counted
+    k: int  # neighbours counted
 
-    def __str__(self): return f'own camera: {self.share:.0%} of the {self.k} nearest, by chance {self.chance:.0%}'
+    def __str__(self):
+        return f'own camera: {self.share:.0%} of the {self.k} nearest, by chance {self.chance:.0%}'
 
-def camera_bias(x,            # (N, D) embeddings, or a map (N, 2)
-                camids,       # (N,) cameras; negative = unknown: those images are left out
-                k: int = 15,  # neighbours of each image, itself not counted; cut to what there is
-                ) -> CameraBias:
-    "Share of each image's nearest neighbours that its own camera took, against chance; ValueError where fewer than two images have a camera."
+
+def camera_bias(
+    x,  # (N, D) embeddings, or a map (N, 2)
+    camids,  # (N,) cameras; negative = unknown: those images are left out
+    k: int = 15,  # neighbours of each image, itself not counted; cut to what there is
+) -> CameraBias:
+    """Share of each image's nearest neighbours that its own camera took, against chance; ValueError where
+    fewer than two images have a camera."""
     x, camids = np.asarray(as_numpy(x)), np.asarray(as_numpy(camids))
-    if camids.shape != (len(x),): raise ValueError(f'camids must hold one camera for each of the {len(x)} rows of x; got shape {camids.shape}')
+    if camids.shape != (len(x),):
+        raise ValueError(
+            f'camids must hold one camera for each of the {len(x)} rows of x; got shape {camids.shape}'
+        )
     known = camids >= 0
     n = np.count_nonzero(known)
-    if n < 2: raise ValueError(f'camera bias needs at least two images with a known camera; got {n}')
+    if n < 2:
+        raise ValueError(f'camera bias needs at least two images with a known camera; got {n}')
     k, cams = min(gate.whole('k', k, 1), n - 1), camids[known]
-    nearest = NearestNeighbors(n_neighbors=k).fit(x[known]).kneighbors(return_distance=False)   # (n, k), the image itself left out
+    # (n, k), the image itself left out
+    nearest = NearestNeighbors(n_neighbors=k).fit(x[known]).kneighbors(return_distance=False)
     cameras, sizes = np.unique(cams, return_counts=True)
     chance = (sizes[np.searchsorted(cameras, cams)] - 1) / (n - 1)
     return CameraBias(float((cams[nearest] == cams[:, None]).mean()), float(chance.mean()), k)

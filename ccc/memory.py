@@ -18,43 +18,58 @@ from . import _gate as gate
 def _camera_bits(j, cam, n_clusters, n_cameras):
     "Entropy in bits (n_clusters,) of the cameras of each cluster; `j` and `cam` count from 0."
     counts = torch.zeros(n_clusters, n_cameras, device=j.device)
-    counts.index_put_((j, cam), torch.ones(len(j), device=j.device), accumulate=True)  # whole numbers: any order of adding gives the same
+    # whole numbers: any order of adding gives the same
+    counts.index_put_((j, cam), torch.ones(len(j), device=j.device), accumulate=True)
     return torch.special.entr(counts / counts.sum(1, keepdim=True)).sum(1) / math.log(2)
 
+
 def _entropy_weights(bits):
-    "Weights (J,) of clusters, mean 1. The exponential is natural although the entropy is in bits: as published."
+    """Weights (J,) of clusters, mean 1. The exponential is natural although the entropy is in bits: as
+    published."""
     return len(bits) * bits.softmax(0)
 
 # %% ../nbs/06_memory.ipynb #01da19a5
 def _integers(name, values, n=None, device=None):
     "`values` as int64 on `device`; anything but `n` integers is an error."
-    try: values = torch.as_tensor(values)
-    except (TypeError, ValueError, RuntimeError) as e: raise ValueError(f"{name} must be integers, got {type(values).__name__}: {e}") from None
-    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool: raise ValueError(f"{name} must be integers, got {values.dtype}")
-    if values.ndim != 1 or n not in (None, len(values)): raise ValueError(f"{name} must be ({'N' if n is None else n},), got shape {tuple(values.shape)}")
+    try:
+        values = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise ValueError(f"{name} must be integers, got {type(values).__name__}: {e}") from None
+    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+        raise ValueError(f"{name} must be integers, got {values.dtype}")
+    if values.ndim != 1 or n not in (None, len(values)):
+        raise ValueError(f"{name} must be ({'N' if n is None else n},), got shape {tuple(values.shape)}")
     return values.to(device=device, dtype=torch.int64)
 
 # %% ../nbs/06_memory.ipynb #11c311c5
-def camera_entropy(y,       # cluster of each image (N,), any integer type; negative = outlier, left out
-                   camids,  # its camera (N,), any integer type
-                  ) -> tuple:  # clusters present, ascending (J,) int64; their entropy in bits (J,) float32; their weights (J,) float32, mean 1
-    "How evenly cameras share each cluster, and the weight that gives it (CIE, arXiv 2408.09464). No image, or floats: ValueError."
+def camera_entropy(
+    y,  # cluster of each image (N,), any integer type; negative = outlier, left out
+    camids,  # its camera (N,), any integer type
+) -> tuple:  # clusters present, ascending (J,) int64; their entropy in bits (J,) float32; their weights (J,) float32, mean 1
+    """How evenly cameras share each cluster, and the weight that gives it (CIE, arXiv 2408.09464). No
+    image, or floats: ValueError."""
     y = _integers('y', y)
     camids = _integers('camids', camids, len(y), y.device)
     y, camids = y[y >= 0], camids[y >= 0]
-    if not len(y): raise ValueError("camera_entropy needs at least one image in a cluster, got none")
-    (clusters, j), (cameras, cam) = torch.unique(y, return_inverse=True), torch.unique(camids, return_inverse=True)
+    if not len(y):
+        raise ValueError("camera_entropy needs at least one image in a cluster, got none")
+    (clusters, j), (cameras, cam) = (
+        torch.unique(y, return_inverse=True),
+        torch.unique(camids, return_inverse=True),
+    )
     bits = _camera_bits(j, cam, len(clusters), len(cameras))
     return clusters, bits, _entropy_weights(bits)
 
 # %% ../nbs/06_memory.ipynb #989474e8
 def _by_appearance(key):
-    "Numbers the distinct values of `key` (B,) in order of appearance: each item's number, each number's first position."
+    """Numbers the distinct values of `key` (B,) in order of appearance: each item's number, each number's
+    first position."""
     ids, group = torch.unique(key, return_inverse=True)
     at = torch.arange(len(key), device=key.device)
     first = torch.full((len(ids),), len(key), device=key.device).scatter_reduce(0, group, at, 'amin')
     order = first.argsort()
     return order.argsort()[group], first[order]
+
 
 def _lowest(score, group, n):
     "Position of the lowest `score` (B,) in each of `n` groups, the first among equals."
@@ -63,20 +78,24 @@ def _lowest(score, group, n):
     at = torch.where(score == least[group], at, len(score))
     return torch.full((n,), len(score), device=score.device).scatter_reduce(0, group, at, 'amin')
 
+
 def _sent(values, z):
     "Numbers from where they are to the device of `z`; the host does not wait for it."
     return values.to(z.device, non_blocking=True)
 
+
 def _centres(z, group, n):
-    "Unit mean (n, D) of the rows of `z` in each group. An embedding bag adds each group's rows one after the other: the same sum every time."
+    """Unit mean (n, D) of the rows of `z` in each group. An embedding bag adds each group's rows one after
+    the other: the same sum every time."""
     order = group.argsort(stable=True)
     starts = torch.searchsorted(group[order], torch.arange(n, device=group.device))
     return F.normalize(F.embedding_bag(_sent(order, z), z, _sent(starts, z), mode='mean'), dim=1)
 
 # %% ../nbs/06_memory.ipynb #200d0dcb
 def _harmonic(z, like, pair, n):
-    "CHD score (B,): harmonic mean (without its factor 2) of discrepancy 1 - x·c and typicality x·z + 1 of its camera's centre."
-    d = (1 - like).clamp(min=0)                                       # rounding can leave -1e-7, and d + s must not be 0 by cancellation
+    """CHD score (B,): harmonic mean (without its factor 2) of discrepancy 1 - x·c and typicality x·z + 1
+    of its camera's centre."""
+    d = (1 - like).clamp(min=0)  # rounding can leave -1e-7, and d + s must not be 0 by cancellation
     s = ((z * _centres(z, pair, n)[_sent(pair, z)]).sum(1) + 1).clamp(min=0)
     return torch.where(d + s > 0, d * s / (d + s), 0)
 
@@ -85,126 +104,195 @@ RULES = ('cm', 'cm_hard', 'cm_camera', 'cm_hard_camera', 'tccl_camera', 'hd_came
 
 # %% ../nbs/06_memory.ipynb #55f2252a
 def _own_updates(rule, z, y, camids, centroids):
-    "The updates of a rule that is a function: one for each centroid to which it gives another vector, as `pick_updates`."
+    """The updates of a rule that is a function: one for each centroid to which it gives another vector, as
+    `pick_updates`."""
     vectors = rule(z, y.to(z.device), camids.to(z.device), centroids)
     if not isinstance(vectors, torch.Tensor) or vectors.shape != centroids.shape:
         what = tuple(vectors.shape) if isinstance(vectors, torch.Tensor) else type(vectors).__name__
         raise ValueError(f"rule must give a tensor (K, D) = {tuple(centroids.shape)}, got {what}")
     vectors = vectors.to(centroids)
     finite, moved = vectors.isfinite().all(), (vectors != centroids).any(1) & (vectors != 0).any(1)
-    if not finite: raise ValueError(f"rule must give finite vectors, got {int((~vectors.isfinite()).any(1).sum())} rows with NaN or infinity")
+    if not finite:
+        raise ValueError(
+            f"rule must give finite vectors, got {int((~vectors.isfinite()).any(1).sum())} rows with NaN or"
+            " infinity"
+        )
     clusters = moved.nonzero().ravel()
     return vectors[clusters], clusters, torch.full_like(clusters, -1)
 
 # %% ../nbs/06_memory.ipynb #2f09e115
-def pick_updates(z,          # embeddings (B, D), unit norm
-                 y,          # their clusters (B,) int64 in [0, K), on the device of z or in main memory
-                 camids,     # their cameras (B,) int64, where y is
-                 centroids,  # memory before this batch (K, D)
-                 rule,       # one of `RULES`, or a function (z, y, camids, centroids) -> (K, D)
-                ) -> tuple:  # vectors (U, D) in the order of their turn; cluster each goes to (U,), where y is; row of z it is (U,), -1 = a centre
-    "What updates the memory under `rule`: CHD of arXiv 2408.09464 (`hd_camera`), one of the five other rules, or your own."
-    if callable(rule): return _own_updates(rule, z, y, camids, centroids)
-    cluster, first_of_cluster = _by_appearance(y)                     # groups depend on y and camids alone: they are made where those are
+def pick_updates(
+    z,  # embeddings (B, D), unit norm
+    y,  # their clusters (B,) int64 in [0, K), on the device of z or in main memory
+    camids,  # their cameras (B,) int64, where y is
+    centroids,  # memory before this batch (K, D)
+    rule,  # one of `RULES`, or a function (z, y, camids, centroids) -> (K, D)
+) -> tuple:  # vectors (U, D) in the order of their turn; cluster each goes to (U,), where y is; row of z it is (U,), -1 = a centre
+    """What updates the memory under `rule`: CHD of arXiv 2408.09464 (`hd_camera`), one of the five other
+    rules, or your own."""
+    if callable(rule):
+        return _own_updates(rule, z, y, camids, centroids)
+    # groups depend on y and camids alone: they are made where those are
+    cluster, first_of_cluster = _by_appearance(y)
     cameras, cam = torch.unique(camids, return_inverse=True)
-    pair, first = _by_appearance(y * len(cameras) + cam)              # (cluster, camera)
+    pair, first = _by_appearance(y * len(cameras) + cam)  # (cluster, camera)
     n, m = len(first_of_cluster), len(first)
-    like = (z * centroids[_sent(y, z)]).sum(1)                        # (B,)
+    like = (z * centroids[_sent(y, z)]).sum(1)  # (B,)
     if rule == 'tccl_camera':
         centres = _centres(z, pair, m)
         best = _lowest((centres * centroids[_sent(y[first], z)]).sum(1), _sent(cluster[first], z), n)
         return centres[best], y[first_of_cluster], torch.full_like(best, -1)
-    if rule == 'cm':               rows, turns = torch.arange(len(y), device=z.device), y
-    elif rule == 'cm_hard':        rows, turns = _lowest(like, _sent(cluster, z), n), y[first_of_cluster]
-    elif rule == 'cm_camera':      rows, turns = _sent(first, z), y[first]
-    elif rule == 'cm_hard_camera': rows, turns = _lowest(like, _sent(pair, z), m), y[first]
-    elif rule == 'hd_camera':      rows, turns = _lowest(-_harmonic(z, like, pair, m), _sent(cluster, z), n), y[first_of_cluster]
-    else: raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
+    if rule == 'cm':
+        rows, turns = torch.arange(len(y), device=z.device), y
+    elif rule == 'cm_hard':
+        rows, turns = _lowest(like, _sent(cluster, z), n), y[first_of_cluster]
+    elif rule == 'cm_camera':
+        rows, turns = _sent(first, z), y[first]
+    elif rule == 'cm_hard_camera':
+        rows, turns = _lowest(like, _sent(pair, z), m), y[first]
+    elif rule == 'hd_camera':
+        rows, turns = _lowest(-_harmonic(z, like, pair, m), _sent(cluster, z), n), y[first_of_cluster]
+    else:
+        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
     return z[rows], turns, rows
 
 # %% ../nbs/06_memory.ipynb #da2a1b6a
 def _in_turn(centroids, vectors, clusters, momentum):
     "Moves `centroids` in place: the n-th update of all clusters at once, for n = 0, 1, ..."
-    order = clusters.argsort(stable=True)                             # clusters together, turns kept
+    order = clusters.argsort(stable=True)  # clusters together, turns kept
     ranked = clusters[order]
     turn = torch.arange(len(order), device=order.device) - torch.searchsorted(ranked, ranked)
-    sizes = torch.bincount(turn).tolist()                             # how many clusters have an n-th update
+    sizes = torch.bincount(turn).tolist()  # how many clusters have an n-th update
     for rows in order[turn.argsort(stable=True)].split(sizes):
-        j = _sent(clusters[rows], centroids)                          # all different
-        centroids[j] = F.normalize(momentum * centroids[j] + (1 - momentum) * vectors[_sent(rows, centroids)], dim=1)
+        j = _sent(clusters[rows], centroids)  # all different
+        centroids[j] = F.normalize(
+            momentum * centroids[j] + (1 - momentum) * vectors[_sent(rows, centroids)], dim=1
+        )
 
 # %% ../nbs/06_memory.ipynb #288b558f
 def _checked(x, y, camids, centroids, values=True):
-    "A batch as tensors: embeddings (B, D), clusters and cameras (B,) int64 on x's device or in main memory; anything else is a ValueError. `values`: those of x, too."
-    if not isinstance(x, torch.Tensor) or not x.is_floating_point(): raise ValueError(f"x must be a tensor of floats, got {getattr(x, 'dtype', type(x).__name__)}")
+    """A batch as tensors: embeddings (B, D), clusters and cameras (B,) int64 on x's device or in main
+    memory; anything else is a ValueError. `values`: those of x, too."""
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+        raise ValueError(f"x must be a tensor of floats, got {getattr(x, 'dtype', type(x).__name__)}")
     n, (k, d) = len(x) if x.ndim else 0, centroids.shape
-    if x.ndim != 2 or not n or x.shape[1] != d: raise ValueError(f"x must be (B, {d}) with B > 0, got shape {tuple(x.shape)}")
-    if x.device != centroids.device: raise ValueError(f"x must be on the memory's device {centroids.device}, got {x.device}")
+    if x.ndim != 2 or not n or x.shape[1] != d:
+        raise ValueError(f"x must be (B, {d}) with B > 0, got shape {tuple(x.shape)}")
+    if x.device != centroids.device:
+        raise ValueError(f"x must be on the memory's device {centroids.device}, got {x.device}")
     y = _integers('y', y, n)
-    if y.device.type != 'cpu': y = y.to(x.device)
+    if y.device.type != 'cpu':
+        y = y.to(x.device)
     camids = torch.zeros_like(y) if camids is None else _integers('camids', camids, n, y.device)
     out = ((y < 0) | (y >= k)).any()
-    if values: nan, large, out = torch.stack([~x.isfinite().all(), ~x.detach().to(centroids.dtype).norm(dim=1).isfinite().all(), out.to(x.device)]).tolist()
-    else: nan, large, out = False, False, bool(out)
-    if large and not nan: raise ValueError(f"x must have norms that are finite in {centroids.dtype}, got values up to {x.detach().abs().max():g}")
-    if nan: raise ValueError(f"x must be finite, got {int((~x.isfinite()).any(1).sum())} of {n} rows with NaN or infinity")
-    if out: raise ValueError(f"y must be in [0, {k}), got {int(y.min())} to {int(y.max())}; outliers (-1) do not belong in a batch")
+    if values:
+        nan, large, out = torch.stack(
+            [
+                ~x.isfinite().all(),
+                ~x.detach().to(centroids.dtype).norm(dim=1).isfinite().all(),
+                out.to(x.device),
+            ]
+        ).tolist()
+    else:
+        nan, large, out = False, False, bool(out)
+    if large and not nan:
+        raise ValueError(
+            f"x must have norms that are finite in {centroids.dtype}, got values up to"
+            f" {x.detach().abs().max():g}"
+        )
+    if nan:
+        raise ValueError(
+            f"x must be finite, got {int((~x.isfinite()).any(1).sum())} of {n} rows with NaN or infinity"
+        )
+    if out:
+        raise ValueError(
+            f"y must be in [0, {k}), got {int(y.min())} to {int(y.max())}; outliers (-1) do not belong in a"
+            " batch"
+        )
     return x, y, camids
 
 # %% ../nbs/06_memory.ipynb #8f9fbc81
 def _loss_weights(y, camids):
     "Weight (B,) of each sample by the camera entropy of its cluster in this batch."
-    (clusters, j), (cameras, cam) = torch.unique(y, return_inverse=True), torch.unique(camids, return_inverse=True)
+    (clusters, j), (cameras, cam) = (
+        torch.unique(y, return_inverse=True),
+        torch.unique(camids, return_inverse=True),
+    )
     return _entropy_weights(_camera_bits(j, cam, len(clusters), len(cameras)))[j]
 
 # %% ../nbs/06_memory.ipynb #c3350af4
 class ClusterMemory(nn.Module):
-    "K unit centroids as a classifier (Cluster Contrast), its loss weighted by CIE, its updates chosen by CHD or another of `RULES`."
-    def __init__(self,
-                 centroids,                  # (K, D) float, finite, no zero row; copied and scaled to unit norm
-                 temperature: float = 0.05,  # divides the logits; > 0
-                 momentum: float = 0.1,      # share of the old centroid kept by an update, in [0, 1]
-                 rule='hd_camera',           # what updates a centroid: one of `RULES`, or a function (z, y, camids, centroids) -> (K, D)
-                 camera_weight: bool = True, # weight the loss by camera information entropy
-                 check: bool = True,         # look at the values of each batch, for which the host waits; False: embeddings that are not finite give a loss of NaN
-                ):
+    """K unit centroids as a classifier (Cluster Contrast), its loss weighted by CIE, its updates chosen by
+    CHD or another of `RULES`."""
+
+    def __init__(
+        self,
+        centroids,  # (K, D) float, finite, no zero row; copied and scaled to unit norm
+        temperature: float = 0.05,  # divides the logits; > 0
+        momentum: float = 0.1,  # share of the old centroid kept by an update, in [0, 1]
+        rule='hd_camera',  # what updates a centroid: one of `RULES`, or a function (z, y, camids, centroids) -> (K, D)
+        camera_weight: bool = True,  # weight the loss by camera information entropy
+        check: bool = True,  # look at the values of each batch, for which the host waits; False: embeddings that are not finite give a loss of NaN
+    ):
         super().__init__()
-        try: centroids = torch.as_tensor(centroids).detach()
-        except (TypeError, ValueError, RuntimeError) as e: raise ValueError(f"centroids must be (K, D) numbers, got {type(centroids).__name__}: {e}") from None
-        if centroids.is_complex() or centroids.dtype == torch.bool: raise ValueError(f"centroids must be real numbers, got {centroids.dtype}")
+        try:
+            centroids = torch.as_tensor(centroids).detach()
+        except (TypeError, ValueError, RuntimeError) as e:
+            raise ValueError(
+                f"centroids must be (K, D) numbers, got {type(centroids).__name__}: {e}"
+            ) from None
+        if centroids.is_complex() or centroids.dtype == torch.bool:
+            raise ValueError(f"centroids must be real numbers, got {centroids.dtype}")
         centroids = centroids.float()
-        if centroids.ndim != 2 or not centroids.numel(): raise ValueError(f"centroids must be (K, D) with K, D > 0, got shape {tuple(centroids.shape)}")
+        if centroids.ndim != 2 or not centroids.numel():
+            raise ValueError(f"centroids must be (K, D) with K, D > 0, got shape {tuple(centroids.shape)}")
         norms = centroids.norm(dim=1)
-        if not (norms.isfinite() & (norms > 0)).all(): raise ValueError(f"centroids must be finite and not 0, got norms {norms.min():g} to {norms.max():g}")
-        if gate.number('temperature', temperature, 0, 1e30) < 1e-30: raise ValueError(f"temperature must be above 0, got {temperature}")
+        if not (norms.isfinite() & (norms > 0)).all():
+            raise ValueError(
+                f"centroids must be finite and not 0, got norms {norms.min():g} to {norms.max():g}"
+            )
+        if gate.number('temperature', temperature, 0, 1e30) < 1e-30:
+            raise ValueError(f"temperature must be above 0, got {temperature}")
         gate.number('momentum', momentum, 0, 1)
         gate.switch('camera_weight', camera_weight)
         gate.switch('check', check)
         if not callable(rule) and (not isinstance(rule, str) or rule not in RULES):
             raise ValueError(f"rule must be a function or one of {', '.join(RULES)}, got {rule!r}")
-        self.temperature, self.momentum, self.rule, self.camera_weight, self.check = temperature, momentum, rule, camera_weight, check
+        self.temperature, self.momentum, self.rule, self.camera_weight, self.check = (
+            temperature,
+            momentum,
+            rule,
+            camera_weight,
+            check,
+        )
         self.register_buffer('centroids', F.normalize(centroids, dim=1))
 
-    def forward(self,
-                x,            # embeddings (B, D); scaled to unit norm here, and the gradient goes through that
-                y,            # their clusters (B,), any integer type, in [0, K)
-                camids=None,  # their cameras (B,), any integer type; None: one camera
-               ):             # loss, a scalar; the memory is not written
+    def forward(
+        self,
+        x,  # embeddings (B, D); scaled to unit norm here, and the gradient goes through that
+        y,  # their clusters (B,), any integer type, in [0, K)
+        camids=None,  # their cameras (B,), any integer type; None: one camera
+    ):  # loss, a scalar; the memory is not written
         "Contrastive loss of the batch against the memory. Wrong shapes, y outside [0, K), NaN: ValueError."
         x, y, camids = _checked(x, y, camids, self.centroids, self.check)
-        with torch.autocast(x.device.type, enabled=False):                # logits reach 1 / temperature = 20: bfloat16 would round them to 0.1
+        # logits reach 1 / temperature = 20: bfloat16 would round them to 0.1
+        with torch.autocast(x.device.type, enabled=False):
             z = F.normalize(x.to(self.centroids.dtype), dim=1)
-            losses = F.cross_entropy(z @ self.centroids.T / self.temperature, _sent(y, x), reduction='none')  # (B, K) -> (B,)
-        if not self.check: losses = losses + 0 * x.detach().to(losses.dtype).norm(dim=1)     # NaN where a norm is not finite
+            # (B, K) -> (B,)
+            losses = F.cross_entropy(z @ self.centroids.T / self.temperature, _sent(y, x), reduction='none')
+        if not self.check:
+            losses = losses + 0 * x.detach().to(losses.dtype).norm(dim=1)  # NaN where a norm is not finite
         return (losses * _sent(_loss_weights(y, camids), x)).mean() if self.camera_weight else losses.mean()
 
     @torch.no_grad()
-    def update(self,
-               x,            # the batch as `forward` got it, (B, D)
-               y,            # clusters (B,)
-               camids=None,  # cameras (B,); None: one camera
-              ):
-        "Moves the centroids of the clusters in the batch, in place; call it after `backward`. Same errors as the loss."
+    def update(
+        self,
+        x,  # the batch as `forward` got it, (B, D)
+        y,  # clusters (B,)
+        camids=None,  # cameras (B,); None: one camera
+    ):
+        """Moves the centroids of the clusters in the batch, in place; call it after `backward`. Same
+        errors as the loss."""
         x, y, camids = _checked(x, y, camids, self.centroids, self.check)
         with torch.autocast(x.device.type, enabled=False):
             z = F.normalize(x.to(self.centroids.dtype), dim=1)
@@ -214,4 +302,7 @@ class ClusterMemory(nn.Module):
     def extra_repr(self) -> str:
         "The settings, for `print(memory)`."
         k, d = self.centroids.shape
-        return f'clusters={k}, dim={d}, temperature={self.temperature}, momentum={self.momentum}, rule={self.rule!r}, camera_weight={self.camera_weight}'
+        return (
+            f'clusters={k}, dim={d}, temperature={self.temperature}, momentum={self.momentum},'
+            f' rule={self.rule!r}, camera_weight={self.camera_weight}'
+        )

@@ -38,52 +38,84 @@ from .writing import check_free, one_line, plain, seal, seal_page, table_path
 # %% ../nbs/08b_model.ipynb #e82c39f7
 def arrays_of(images):  # anything; tensors are uint8, (3, H, W) or a batch (N, 3, H, W)
     "Tensors as arrays (H, W, 3), alone, in a batch or in a list; anything else as it is."
-    if isinstance(images, torch.Tensor): return [_array_of(i) for i in images] if images.ndim == 4 else _array_of(images)
-    if isinstance(images, np.ndarray) and images.ndim == 4: return list(images)
-    return [_array_of(i) if isinstance(i, torch.Tensor) else i for i in images] if isinstance(images, (list, tuple)) else images
+    if isinstance(images, torch.Tensor):
+        return [_array_of(i) for i in images] if images.ndim == 4 else _array_of(images)
+    if isinstance(images, np.ndarray) and images.ndim == 4:
+        return list(images)
+    return (
+        [_array_of(i) if isinstance(i, torch.Tensor) else i for i in images]
+        if isinstance(images, (list, tuple))
+        else images
+    )
+
 
 def _array_of(tensor):
     "One tensor (3, H, W) as an array (H, W, 3)."
     if tensor.ndim != 3 or tensor.shape[0] != 3 or tensor.dtype != torch.uint8:
-        raise ValueError(f'a tensor must be a picture in RGB, uint8 (3, H, W) with values 0 to 255; got {tensor.dtype} {tuple(tensor.shape)}')
+        raise ValueError(
+            f'a tensor must be a picture in RGB, uint8 (3, H, W) with values 0 to 255; got {tensor.dtype}'
+            f' {tuple(tensor.shape)}'
+        )
     return tensor.permute(1, 2, 0).cpu().numpy()
 
-def cut_boxes(frame,  # one picture, as of `Crops`
-              boxes,  # (N, 4) left, top, right, bottom in pixels, as a detector gives them; fractions are widened to whole pixels, what lies outside is cut off
-             ) -> list:  # N PIL images
+
+def cut_boxes(
+    frame,  # one picture, as of `Crops`
+    boxes,  # (N, 4) left, top, right, bottom in pixels, as a detector gives them; fractions are widened to whole pixels, what lies outside is cut off
+) -> list:  # N PIL images
     "The parts of a frame inside boxes; ValueError for a box of which nothing lies inside the frame."
     boxes = np.asarray(boxes.detach().cpu() if isinstance(boxes, torch.Tensor) else boxes, np.float64)
-    if boxes.size == 0: return []
-    if boxes.ndim != 2 or boxes.shape[1] != 4: raise ValueError(f'boxes must be (N, 4): left, top, right, bottom in pixels; got {boxes.shape}')
+    if boxes.size == 0:
+        return []
+    if boxes.ndim != 2 or boxes.shape[1] != 4:
+        raise ValueError(f'boxes must be (N, 4): left, top, right, bottom in pixels; got {boxes.shape}')
     crops = Crops(frame)
-    if len(crops) != 1: raise ValueError(f'boxes need one frame, got {len(crops)} pictures')
+    if len(crops) != 1:
+        raise ValueError(f'boxes need one frame, got {len(crops)} pictures')
     picture = crops.image(0)
     edges = np.hstack([np.floor(boxes[:, :2]), np.ceil(boxes[:, 2:])]).clip(0, [*picture.size, *picture.size])
     bad = np.flatnonzero(~np.isfinite(boxes).all(1) | ~(edges[:, :2] < edges[:, 2:]).all(1))
-    if len(bad): raise ValueError(f'boxes must be left, top, right, bottom with some part inside the frame of {picture.width}x{picture.height} pixels; got {boxes[bad[0]].tolist()} (box {bad[0]})')
+    if len(bad):
+        raise ValueError(
+            'boxes must be left, top, right, bottom with some part inside the frame of'
+            f' {picture.width}x{picture.height} pixels; got {boxes[bad[0]].tolist()} (box {bad[0]})'
+        )
     return [picture.crop(tuple(map(int, box))) for box in edges]
 
 # %% ../nbs/08b_model.ipynb #45684b2e
 class Crops:
     "Pictures with names: `len`, `image(i)`, `names`."
-    def __init__(self,
-                 images):  # a folder, a file, a PIL image, an array (H, W) or (H, W, 3) in RGB, a tensor (3, H, W), a list of any of them but folders, a batch (N, …), a `Split`, or `Crops`
+
+    def __init__(
+        self, images
+    ):  # a folder, a file, a PIL image, an array (H, W) or (H, W, 3) in RGB, a tensor (3, H, W), a list of any of them but folders, a batch (N, …), a `Split`, or `Crops`
         images = arrays_of(images)
-        if isinstance(images, (str, os.PathLike)) and Path(images).is_dir(): images = [Path(images) / f for f in image_files(images)]
-        elif isinstance(images, (str, os.PathLike, Image.Image)) or getattr(images, 'ndim', 0) in (2, 3): images = [images]
+        if isinstance(images, (str, os.PathLike)) and Path(images).is_dir():
+            images = [Path(images) / f for f in image_files(images)]
+        elif isinstance(images, (str, os.PathLike, Image.Image)) or getattr(images, 'ndim', 0) in (2, 3):
+            images = [images]
         self.items = images
         named = getattr(images, 'names', getattr(images, 'paths', None))
-        self.names = [str(n) for n in (images if named is None else named)] if named is not None or all(isinstance(i, (str, os.PathLike)) for i in images) else [str(i) for i in range(len(images))]
+        self.names = (
+            [str(n) for n in (images if named is None else named)]
+            if named is not None or all(isinstance(i, (str, os.PathLike)) for i in images)
+            else [str(i) for i in range(len(images))]
+        )
 
-    def __len__(self): return len(self.items)
+    def __len__(self):
+        return len(self.items)
 
     def image(self, i: int) -> Image.Image:
         "Picture `i` in RGB; OSError with its path if it cannot be read."
-        if hasattr(self.items, 'image'): return self.items.image(i)
+        if hasattr(self.items, 'image'):
+            return self.items.image(i)
         item = self.items[i]
-        if isinstance(item, (str, os.PathLike)): return _open(item)
-        try: return to_rgb(item)
-        except ValueError as e: raise ValueError(f'image {self.names[i]}: {e}') from None
+        if isinstance(item, (str, os.PathLike)):
+            return _open(item)
+        try:
+            return to_rgb(item)
+        except ValueError as e:
+            raise ValueError(f'image {self.names[i]}: {e}') from None
 
     def where(self, keep) -> 'Crops':  # positions
         "Those pictures alone."
@@ -91,37 +123,57 @@ class Crops:
         part.items, part.names = _Picked(self, keep), [self.names[i] for i in keep]
         return part
 
+
 class _Picked:
     "Some of the pictures of `Crops`, none of them opened."
-    def __init__(self, crops, keep): self.crops, self.keep = crops, keep
-    def __len__(self): return len(self.keep)
-    def image(self, i): return self.crops.image(self.keep[i])
+
+    def __init__(self, crops, keep):
+        self.crops, self.keep = crops, keep
+
+    def __len__(self):
+        return len(self.keep)
+
+    def image(self, i):
+        return self.crops.image(self.keep[i])
 
 # %% ../nbs/08b_model.ipynb #edff13f5
 class Bytes(nn.Module):
     "A network with its normalisation inside: uint8 (B, 3, H, W), RGB -> (B, D), unit norm."
+
     def __init__(self, net: nn.Module):  # takes normalised images
         super().__init__()
         self.net = net
 
-    def forward(self, images): return self.net(normalize(images))
+    def forward(self, images):
+        return self.net(normalize(images))
 
-def run_torch(module: nn.Module,  # takes uint8 images
-              device=None):  # None: a GPU where there is one
+
+def run_torch(
+    module: nn.Module,  # takes uint8 images
+    device=None,  # None: a GPU where there is one
+):
     "The module as a function of uint8 arrays (B, 3, H, W)."
     device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     module = module.to(device)
+
     @torch.inference_mode()
-    def run(images): return module(torch.from_numpy(images).to(device)).float().cpu().numpy()
+    def run(images):
+        return module(torch.from_numpy(images).to(device)).float().cpu().numpy()
+
     return run
 
 # %% ../nbs/08b_model.ipynb #c763c8f3
 class Model:
     "Images in, unit-norm embeddings out, and what is made of them; `load` makes one."
-    def __init__(self, run,  # uint8 (B, 3, H, W) -> float32 (B, D), NumPy
-                 info: dict,  # the description: height, width, dim, …
-                 module: nn.Module | None = None):  # `Bytes`, where the network is at hand: needed to export
-        self.run, self.info, self.module, self.progress = run, info, module, True      # progress: a bar while embedding more than a batch
+
+    def __init__(
+        self,
+        run,  # uint8 (B, 3, H, W) -> float32 (B, D), NumPy
+        info: dict,  # the description: height, width, dim, …
+        module: nn.Module | None = None,  # `Bytes`, where the network is at hand: needed to export
+    ):
+        # progress: a bar while embedding more than a batch
+        self.run, self.info, self.module, self.progress = run, info, module, True
 
     @property
     def calibration(self):
@@ -129,85 +181,149 @@ class Model:
         told = self.info.get('calibration')
         return Calibration(**told) if told else None
 
-    def __repr__(self): return f"{self.info['arch']}, {self.info['height']}x{self.info['width']} pixels -> {self.info['dim']} numbers, weights {self.info['weights']}, from {self.info['origin']}"
+    def __repr__(self):
+        return (
+            f"{self.info['arch']}, {self.info['height']}x{self.info['width']} pixels -> {self.info['dim']}"
+            f" numbers, weights {self.info['weights']}, from {self.info['origin']}"
+        )
 
-    def embed(self, images,  # as of `Crops`
-              batch_size: int = 64,  # images at a time: memory does not grow with their number
-              boxes=None,  # (N, 4) as of `cut_boxes`: `images` is one frame, and the parts inside the boxes are embedded
-             ) -> np.ndarray:  # (N, D) float32, unit norm, in the order of the images
-        "Embeddings of pictures; OSError with the path of one that cannot be read (`ccc.folder.check_images` finds them first)."
+    def embed(
+        self,
+        images,  # as of `Crops`
+        batch_size: int = 64,  # images at a time: memory does not grow with their number
+        boxes=None,  # (N, 4) as of `cut_boxes`: `images` is one frame, and the parts inside the boxes are embedded
+    ) -> np.ndarray:  # (N, D) float32, unit norm, in the order of the images
+        """Embeddings of pictures; OSError with the path of one that cannot be read
+        (`ccc.folder.check_images` finds them first)."""
         from tqdm.auto import tqdm
+
         crops = Crops(images if boxes is None else cut_boxes(images, boxes))
         out = np.empty((len(crops), self.info['dim']), np.float32)
-        silent = not self.progress or len(crops) <= 64 or None      # None: tqdm's word for silent in files
+        silent = not self.progress or len(crops) <= 64 or None  # None: tqdm's word for silent in files
         for start in tqdm(range(0, len(crops), batch_size), 'embed', leave=False, disable=silent):
             at = range(start, min(start + batch_size, len(crops)))
-            out[at.start:at.stop] = self.run(load_images(crops.where(at), self.info['height'], self.info['width'], progress=False).numpy())
+            out[at.start : at.stop] = self.run(
+                load_images(crops.where(at), self.info['height'], self.info['width'], progress=False).numpy()
+            )
         return out
 
 # %% ../nbs/08b_model.ipynb #f41b4415
-PRIVATE = 'root_dir pattern log_dir ckpt_dir image_cache warmup_store num_workers device'.split()   # settings that say where, not what
+# settings that say where, not what
+PRIVATE = 'root_dir pattern log_dir ckpt_dir image_cache warmup_store num_workers device'.split()
+
 
 def weights_name(net: nn.Module) -> str:
-    "Twelve characters that change with any weight: embeddings of two models are comparable only if it is the same."
+    """Twelve characters that change with any weight: embeddings of two models are comparable only if it is
+    the same."""
     h = hashlib.sha1()
-    for name, t in net.state_dict().items(): h.update(name.encode() + t.detach().cpu().contiguous().numpy().tobytes())
+    for name, t in net.state_dict().items():
+        h.update(name.encode() + t.detach().cpu().contiguous().numpy().tobytes())
     return h.hexdigest()[:12]
 
-def describe(net: nn.Module,  # as of `ccc.training.make_network`
-             config: Config,  # it was trained with
-             origin: str,  # name of the run or file
-             epoch: int | None = None,  # epochs finished
-             run: Path | None = None,  # folder with config.json and metrics.jsonl
-            ) -> dict:  # JSON
+
+def describe(
+    net: nn.Module,  # as of `ccc.training.make_network`
+    config: Config,  # it was trained with
+    origin: str,  # name of the run or file
+    epoch: int | None = None,  # epochs finished
+    run: Path | None = None,  # folder with config.json and metrics.jsonl
+) -> dict:  # JSON
     "What a model says of itself."
     told = RunFolder(run).metadata if run and (run / 'config.json').is_file() else {}
     rows = [r for r in read_metrics(run) if epoch is None or r['epoch'] < epoch] if run else []
-    settings = {k: v for k, v in asdict(config).items() if k not in PRIVATE} | (dict(root_dir='') if config.dataset == 'folder' else {})
-    return dict(format='ccc-model-1', origin=origin, arch=config.arch, pooling=config.pooling_type, dim=net.dim, weights=weights_name(net),
-                input='images: uint8 (N, 3, height, width), RGB, values 0 to 255', output='embeddings: float32 (N, dim), unit norm: compare by inner product',
-                height=config.height, width=config.width, resize='to height x width, aspect not kept, bilinear with anti-aliasing (PIL.Image.BILINEAR)',
-                normalisation=dict(inside=True, mean=_MEAN, std=_STD), settings=settings, epochs=epoch, data=told.get('data', {}), commit=told.get('commit'),
-                versions=told.get('versions', {}), metrics={k: v for k, v in (rows[-1] if rows else {}).items() if k != 'seconds'},
-                scores={k: v for r in rows if 'mAP' in r for k, v in r.items() if k in ('epoch', 'mAP', 'mINP', 'rank1', 'rank5', 'rank10')})
+    settings = {k: v for k, v in asdict(config).items() if k not in PRIVATE} | (
+        dict(root_dir='') if config.dataset == 'folder' else {}
+    )
+    return dict(
+        format='ccc-model-1',
+        origin=origin,
+        arch=config.arch,
+        pooling=config.pooling_type,
+        dim=net.dim,
+        weights=weights_name(net),
+        input='images: uint8 (N, 3, height, width), RGB, values 0 to 255',
+        output='embeddings: float32 (N, dim), unit norm: compare by inner product',
+        height=config.height,
+        width=config.width,
+        resize='to height x width, aspect not kept, bilinear with anti-aliasing (PIL.Image.BILINEAR)',
+        normalisation=dict(inside=True, mean=_MEAN, std=_STD),
+        settings=settings,
+        epochs=epoch,
+        data=told.get('data', {}),
+        commit=told.get('commit'),
+        versions=told.get('versions', {}),
+        metrics={k: v for k, v in (rows[-1] if rows else {}).items() if k != 'seconds'},
+        scores={
+            k: v
+            for r in rows
+            if 'mAP' in r
+            for k, v in r.items()
+            if k in ('epoch', 'mAP', 'mINP', 'rank1', 'rank5', 'rank10')
+        },
+    )
 
 # %% ../nbs/08b_model.ipynb #12123c36
 def _of_checkpoint(path, device, run=None):
     state = read_checkpoint(path)
     if not isinstance(state, dict) or not {'settings', 'network', 'epoch'} <= state.keys():
-        raise ValueError(f'{path} must be a checkpoint of ccc, got a file without settings and network; weights of other programs start a training: resnet_pretrained={path.name}')
+        raise ValueError(
+            f'{path} must be a checkpoint of ccc, got a file without settings and network; weights of other'
+            f' programs start a training: resnet_pretrained={path.name}'
+        )
     config = Config(**state['settings'])
     net = make_network(Config(**state['settings'] | dict(resnet_pretrained='none')))
     net.load_state_dict(state['network'])
-    return _of_network(net, describe(net, config, run.name if run else path.name, state['epoch'], run), device)
+    return _of_network(
+        net, describe(net, config, run.name if run else path.name, state['epoch'], run), device
+    )
+
 
 def _of_network(net, info, device):
     module = Bytes(net).eval()
     return Model(run_torch(module, device), info, module)
 
+
 def _of_run(path, device, checkpoint):
     folder = RunFolder(path).checkpoint_dir
-    found = folder / 'best.pt' if checkpoint == 'best' else (checkpoints(folder) or [folder / 'epoch_000.pt'])[-1]
-    if not found.is_file(): raise ValueError(f'a run needs a checkpoint to be used, got none named {found.name} in {folder}')
+    found = (
+        folder / 'best.pt' if checkpoint == 'best' else (checkpoints(folder) or [folder / 'epoch_000.pt'])[-1]
+    )
+    if not found.is_file():
+        raise ValueError(f'a run needs a checkpoint to be used, got none named {found.name} in {folder}')
     return _of_checkpoint(found, device, path)
 
 # %% ../nbs/08b_model.ipynb #870aef66
-def load(path: str | Path,  # folder of a run, a checkpoint (.pt), or an exported .safetensors, .onnx or .pt2
-         checkpoint: str = 'last',  # of a run: last, or best (the epoch of highest mAP, which was chosen on the test set)
-         device=None,  # cpu, cuda; None: a GPU where there is one
-         trust: bool = False,  # of .pt2: run the program inside the file, which can do anything; else only its weights are read
-        ) -> Model:
-    "The model of a run or a file, read as data; ValueError if it is neither, FileNotFoundError if it is not there."
+def load(
+    path: str | Path,  # folder of a run, a checkpoint (.pt), or an exported .safetensors, .onnx or .pt2
+    checkpoint: str = 'last',  # of a run: last, or best (the epoch of highest mAP, which was chosen on the test set)
+    device=None,  # cpu, cuda; None: a GPU where there is one
+    trust: bool = False,  # of .pt2: run the program inside the file, which can do anything; else only its weights are read
+) -> Model:
+    """The model of a run or a file, read as data; ValueError if it is neither, FileNotFoundError if it is
+    not there."""
     path = Path(path).expanduser()
     check_device(device)
-    if checkpoint not in ('last', 'best'): raise ValueError(f'checkpoint must be last or best, got {checkpoint!r}')
-    if (path / 'config.json').is_file(): return _of_run(path, device, checkpoint)
-    if not path.exists(): raise FileNotFoundError(f'no run or model file at {path}')
-    if path.suffix not in READERS or path.is_dir(): raise ValueError(f'a model is the folder of a run with its config.json, or a file {", ".join(READERS)}; got {"the folder " if path.is_dir() else ""}{path}')
+    if checkpoint not in ('last', 'best'):
+        raise ValueError(f'checkpoint must be last or best, got {checkpoint!r}')
+    if (path / 'config.json').is_file():
+        return _of_run(path, device, checkpoint)
+    if not path.exists():
+        raise FileNotFoundError(f'no run or model file at {path}')
+    if path.suffix not in READERS or path.is_dir():
+        raise ValueError(
+            f'a model is the folder of a run with its config.json, or a file {", ".join(READERS)}; got'
+            f' {"the folder " if path.is_dir() else ""}{path}'
+        )
     read = _run_pt2 if trust and path.suffix == '.pt2' else READERS[path.suffix]
-    try: return read(path, device)
-    except (ValueError, OSError, ImportError, MemoryError): raise
-    except Exception as e: raise ValueError(f'{path} cannot be read as a model, got {type(e).__name__}: {one_line(e)[:200]}') from e
+    try:
+        return read(path, device)
+    except (ValueError, OSError, ImportError, MemoryError):
+        raise
+    except Exception as e:
+        raise ValueError(
+            f'{path} cannot be read as a model, got {type(e).__name__}: {one_line(e)[:200]}'
+        ) from e
+
 
 READERS = {'.pt': _of_checkpoint}
 
@@ -215,6 +331,7 @@ READERS = {'.pt': _of_checkpoint}
 @dataclass
 class Hits:
     "What a search found, best first."
+
     queries: list  # (Q,) names
     names: list  # (Q, k) of the gallery
     positions: np.ndarray  # (Q, k) int64 in the gallery
@@ -223,177 +340,321 @@ class Hits:
     def rows(self):
         "(query, rank from 1, name, similarity) of each hit."
         for q, names, sims in zip(self.queries, self.names, self.similarity):
-            for rank, (name, s) in enumerate(zip(names, sims), 1): yield q, rank, name, float(s)
+            for rank, (name, s) in enumerate(zip(names, sims), 1):
+                yield q, rank, name, float(s)
 
 # %% ../nbs/08b_model.ipynb #readvec0
-_FLAT = np.dtype([('kind', 'S4'), ('dim', '<i4'), ('n', '<i8'), ('unused', '<i8', 2), ('trained', 'u1'), ('metric', '<i4'), ('numbers', '<u8')])
+_FLAT = np.dtype(
+    [
+        ('kind', 'S4'),
+        ('dim', '<i4'),
+        ('n', '<i8'),
+        ('unused', '<i8', 2),
+        ('trained', 'u1'),
+        ('metric', '<i4'),
+        ('numbers', '<u8'),
+    ]
+)
+
 
 def _read_vectors(path):
-    "The vectors (N, D) of FAISS's exact index. FAISS itself believes what a file says of its sizes; here they are compared with the file first."
+    """The vectors (N, D) of FAISS's exact index. FAISS itself believes what a file says of its sizes; here
+    they are compared with the file first."""
     data = np.fromfile(path, np.uint8)
-    head = data[:_FLAT.itemsize].view(_FLAT)[0] if len(data) >= _FLAT.itemsize else None
-    if head is None or head['kind'] != b'IxFI' or head['dim'] < 1 or int(head['n']) * int(head['dim']) != head['numbers'] or len(data) - _FLAT.itemsize != 4 * int(head['numbers']):
-        raise ValueError(f'an index must be one that `Index.save` or `ccc search --save` wrote, got another file, or a part of one, in {path}')
-    x = data[_FLAT.itemsize:].view(np.float32).reshape(int(head['n']), int(head['dim']))
-    if not np.isfinite(x).all(): raise ValueError(f'the vectors of an index must be finite numbers, got others in {path}')
+    head = data[: _FLAT.itemsize].view(_FLAT)[0] if len(data) >= _FLAT.itemsize else None
+    if (
+        head is None
+        or head['kind'] != b'IxFI'
+        or head['dim'] < 1
+        or int(head['n']) * int(head['dim']) != head['numbers']
+        or len(data) - _FLAT.itemsize != 4 * int(head['numbers'])
+    ):
+        raise ValueError(
+            'an index must be one that `Index.save` or `ccc search --save` wrote, got another file, or a'
+            f' part of one, in {path}'
+        )
+    x = data[_FLAT.itemsize :].view(np.float32).reshape(int(head['n']), int(head['dim']))
+    if not np.isfinite(x).all():
+        raise ValueError(f'the vectors of an index must be finite numbers, got others in {path}')
     return x
 
 # %% ../nbs/08b_model.ipynb #8092be04
 class Index:
-    "Embeddings of named images, searched exactly by cosine; `save` and `load` keep it as NAME.faiss and NAME.json."
-    def __init__(self, x,  # (N, D) unit norm
-                 names: list,  # (N,)
-                 weights: str):  # `info['weights']` of the model that made x
+    """Embeddings of named images, searched exactly by cosine; `save` and `load` keep it as NAME.faiss and
+    NAME.json."""
+
+    def __init__(
+        self,
+        x,  # (N, D) unit norm
+        names: list,  # (N,)
+        weights: str,  # `info['weights']` of the model that made x
+    ):
         import faiss
+
         self.names, self.weights, self.index = list(names), weights, faiss.IndexFlatIP(np.shape(x)[1])
         self.index.add(np.ascontiguousarray(x, np.float32))
 
-    def __len__(self): return len(self.names)
+    def __len__(self):
+        return len(self.names)
 
     def search(self, x, k: int) -> tuple:  # (Q, D) -> similarity (Q, k), positions (Q, k); k is cut to N
         "The k most similar of each query."
-        if k < 1: raise ValueError(f'k must be at least 1, got k={k}')
-        if np.shape(x)[1] != self.index.d: raise ValueError(f'queries must be as long as the vectors of the index, {self.index.d} numbers, got {np.shape(x)[1]}')
+        if k < 1:
+            raise ValueError(f'k must be at least 1, got k={k}')
+        if np.shape(x)[1] != self.index.d:
+            raise ValueError(
+                f'queries must be as long as the vectors of the index, {self.index.d} numbers, got'
+                f' {np.shape(x)[1]}'
+            )
         return self.index.search(np.ascontiguousarray(x, np.float32), min(k, len(self)))
 
-    def save(self, path: str | Path, force: bool = False):  # ending in .faiss; replace files that are not ours
+    def save(
+        self, path: str | Path, force: bool = False
+    ):  # ending in .faiss; replace files that are not ours
         "Writes vectors, and beside them names as JSON."
         import faiss
+
         path, names = Path(path), Path(path).with_suffix('.json')
-        if path.suffix != '.faiss': raise ValueError(f'an index is saved as a file that ends in .faiss, got {path}')
+        if path.suffix != '.faiss':
+            raise ValueError(f'an index is saved as a file that ends in .faiss, got {path}')
         check_free(path, names, force=force)
         write_file(path, lambda f: f.write(faiss.serialize_index(self.index).tobytes()))
-        body = json.dumps(dict(weights=self.weights, names=self.names)).removesuffix('}').encode() + b', "seal": "'
+        body = (
+            json.dumps(dict(weights=self.weights, names=self.names)).removesuffix('}').encode()
+            + b', "seal": "'
+        )
         write_file(names, lambda f: f.write(body + seal(body, path) + b'"}'))
 
     @classmethod
     def load(cls, path: str | Path) -> 'Index':
         "An index that was saved; ValueError for any other file."
         path, names = Path(path), Path(path).with_suffix('.json')
-        if not path.is_file(): raise ValueError(f'an index is a file that ends in .faiss, got none at {path}')
-        if not names.is_file(): raise ValueError(f'an index {path.name} needs the names of its images in {names.name} beside it, got no such file')
+        if not path.is_file():
+            raise ValueError(f'an index is a file that ends in .faiss, got none at {path}')
+        if not names.is_file():
+            raise ValueError(
+                f'an index {path.name} needs the names of its images in {names.name} beside it, got no such'
+                ' file'
+            )
         x = _read_vectors(path)
-        try: known = json.loads(names.read_text(encoding='utf-8'))
-        except (ValueError, RecursionError) as e: raise ValueError(f'{names} must hold the names of the images of {path.name}, got {type(e).__name__}: {e}') from e
+        try:
+            known = json.loads(names.read_text(encoding='utf-8'))
+        except (ValueError, RecursionError) as e:
+            raise ValueError(
+                f'{names} must hold the names of the images of {path.name}, got {type(e).__name__}: {e}'
+            ) from e
         listed = known.get('names') if isinstance(known, dict) else None
-        if not isinstance(listed, list) or len(listed) != len(x) or not all(isinstance(n, str) for n in listed) or not isinstance(known.get('weights'), str):
-            raise ValueError(f'{names} must hold weights and the names of the {len(x)} images of {path.name}, got {len(listed) if isinstance(listed, list) else "no"} names')
+        if (
+            not isinstance(listed, list)
+            or len(listed) != len(x)
+            or not all(isinstance(n, str) for n in listed)
+            or not isinstance(known.get('weights'), str)
+        ):
+            raise ValueError(
+                f'{names} must hold weights and the names of the {len(x)} images of {path.name}, got'
+                f' {len(listed) if isinstance(listed, list) else "no"} names'
+            )
         return cls(x, listed, known['weights'])
 
 # %% ../nbs/08b_model.ipynb #8c2208e0
-def index(model: Model,
-          images,  # as of `Crops`
-          x=None,  # their embeddings (N, D), where they are there already
-         ) -> Index:
+def index(
+    model: Model,
+    images,  # as of `Crops`
+    x=None,  # their embeddings (N, D), where they are there already
+) -> Index:
     "An `Index` of images, to search again and again."
     return Index(model.embed(images) if x is None else x, Crops(images).names, model.info['weights'])
 
-def search(model: Model, query, gallery,  # images as of `Crops`; the gallery may be an `Index`
-           k: int = 10,  # hits for each query, at most as many as the gallery has
-          ) -> Hits:
+
+def search(
+    model: Model,
+    query,
+    gallery,  # images as of `Crops`; the gallery may be an `Index`
+    k: int = 10,  # hits for each query, at most as many as the gallery has
+) -> Hits:
     "The k images of the gallery most like each query; ValueError for an index of another model."
     gallery = gallery if isinstance(gallery, Index) else index(model, gallery)
-    if gallery.weights != model.info['weights']: raise ValueError(f"an index can only be searched with the model that made it: weights {gallery.weights}, got {model.info['weights']}")
+    if gallery.weights != model.info['weights']:
+        raise ValueError(
+            f"an index can only be searched with the model that made it: weights {gallery.weights}, got"
+            f" {model.info['weights']}"
+        )
     similarity, positions = gallery.search(model.embed(query), k)
-    return Hits(Crops(query).names, [[gallery.names[i] for i in row] for row in positions], positions, similarity)
+    return Hits(
+        Crops(query).names, [[gallery.names[i] for i in row] for row in positions], positions, similarity
+    )
+
 
 Model.index, Model.search = index, search
 
 # %% ../nbs/08b_model.ipynb #185c5d9a
-def label(model: Model, images,  # as of `Crops`
-          n_clusters: int | None = None,  # None: DBSCAN finds a number; else HDC with so many clusters
-          k1: int = 30,  # neighbours of the Jaccard graph; fewer for people with few images
-          min_instances: int = 4,  # images a cluster needs
-          x=None,  # embeddings, where they are there already
-         ) -> PseudoLabels:
+def label(
+    model: Model,
+    images,  # as of `Crops`
+    n_clusters: int | None = None,  # None: DBSCAN finds a number; else HDC with so many clusters
+    k1: int = 30,  # neighbours of the Jaccard graph; fewer for people with few images
+    min_instances: int = 4,  # images a cluster needs
+    x=None,  # embeddings, where they are there already
+) -> PseudoLabels:
     "Clusters and confidence of images."
     x = model.embed(images) if x is None else x
-    return make_labels(x, 'hdc' if n_clusters else 'dbscan', min_instances, n_clusters=n_clusters or 1, k1=k1, k2=min(6, k1 + 1), random_state=0)
+    return make_labels(
+        x,
+        'hdc' if n_clusters else 'dbscan',
+        min_instances,
+        n_clusters=n_clusters or 1,
+        k1=k1,
+        k2=min(6, k1 + 1),
+        random_state=0,
+    )
+
 
 Model.label = label
 
-def write_labels(path: str | Path,  # of the table
-                 names: list, labels: PseudoLabels,  # as of `Model.label`
-                 force: bool = False):  # replace a file that is not ours
-    "A CSV of path, cluster (-1: none) and confidence; a path that a spreadsheet would compute begins with ./ (`ccc.writing.table_path`)."
+
+def write_labels(
+    path: str | Path,  # of the table
+    names: list,
+    labels: PseudoLabels,  # as of `Model.label`
+    force: bool = False,  # replace a file that is not ours
+):
+    """A CSV of path, cluster (-1: none) and confidence; a path that a spreadsheet would compute begins
+    with ./ (`ccc.writing.table_path`)."""
     check_free(path, force=force)
-    rows = [('path', 'cluster', 'confidence'), *((table_path(n), int(l), f'{c:.4f}') for n, l, c in zip(names, labels.labels, labels.confidence))]
+    rows = [
+        ('path', 'cluster', 'confidence'),
+        *((table_path(n), int(l), f'{c:.4f}') for n, l, c in zip(names, labels.labels, labels.confidence)),
+    ]
     text = io.StringIO()
     csv.writer(text, lineterminator='\n').writerows(rows)
     write_file(Path(path), lambda f: f.write(text.getvalue().encode(errors='surrogateescape')))
 
 # %% ../nbs/08b_model.ipynb #a80d8a83
-def open_crops(path: str | Path) -> tuple:  # a folder or table -> `Split` of all its images that can be read; lines on what was left out
+def open_crops(
+    path: str | Path,
+) -> tuple:  # a folder or table -> `Split` of all its images that can be read; lines on what was left out
     "Everything in a folder or table that can be read, whatever its split."
     dataset = load_dataset('folder', path, pattern='', train=('.',), query=(), gallery=())
     dataset = keep_readable(dataset, check_images(dataset))
     parts = dataset.train, dataset.query, dataset.gallery
-    return Split(*(np.concatenate([getattr(p, name) for p in parts]) for name in ('paths', 'pids', 'camids'))), list(dataset.notes)
+    return Split(
+        *(np.concatenate([getattr(p, name) for p in parts]) for name in ('paths', 'pids', 'camids'))
+    ), list(dataset.notes)
 
 # %% ../nbs/08b_model.ipynb #8bb3faf3
 def _thumbnail(image, height, blur):
     "A picture as an address that holds it."
     image = blur_head(image) if blur else image
-    image.resize((max(1, round(image.width * height / image.height)), height)).save(buffer := io.BytesIO(), 'JPEG', quality=75)
+    image.resize((max(1, round(image.width * height / image.height)), height)).save(
+        buffer := io.BytesIO(), 'JPEG', quality=75
+    )
     return 'data:image/jpeg;base64,' + base64.b64encode(buffer.getvalue()).decode()
+
 
 def _page_row(crops, at, title, confidence, height, blur):
     "One cluster."
     said = [html.escape(one_line(crops.names[i]).encode(errors='replace').decode()) for i in at]
-    cells = ''.join(f'<figure><img src="{_thumbnail(crops.image(i), height, blur)}" alt="{name}" title="{name}"><figcaption>{confidence[i]:.2f}</figcaption></figure>' for i, name in zip(at, said))
+    cells = ''.join(
+        f'<figure><img src="{_thumbnail(crops.image(i), height, blur)}" alt="{name}"'
+        f' title="{name}"><figcaption>{confidence[i]:.2f}</figcaption></figure>'
+        for i, name in zip(at, said)
+    )
     return f'<section><h2>{title}</h2>{cells}</section>'
 
-_STYLE = 'body{font:14px sans-serif;margin:2em}section{border-top:1px solid #ccc}h2{font-size:1em}figure{display:inline-block;margin:2px;text-align:center}figcaption{font-size:11px;color:#666}'
+
+_STYLE = (
+    'body{font:14px sans-serif;margin:2em}section{border-top:1px solid'
+    ' #ccc}h2{font-size:1em}figure{display:inline-block;margin:2px;text-align:center}figcaption{font-size:11px;color:#666}'
+)
 
 # %% ../nbs/08b_model.ipynb #9a7d7c91
-def write_page(path: str | Path,  # ending in .html
-               images, labels: PseudoLabels,  # as of `Model.label`
-               most: int = 12,  # pictures of a cluster; the numbers count all
-               clusters: int = 500,  # on the page, the surest
-               height: int = 96,  # of a picture, pixels
-               blur: bool = False,  # hide heads, as `ccc.folder.blur_head`
-               table: str | Path | None = None,  # of `write_labels`, where it was written for this page: both are known as ours by the page's seal
-               force: bool = False):  # replace a file that is not ours
+def write_page(
+    path: str | Path,  # ending in .html
+    images,
+    labels: PseudoLabels,  # as of `Model.label`
+    most: int = 12,  # pictures of a cluster; the numbers count all
+    clusters: int = 500,  # on the page, the surest
+    height: int = 96,  # of a picture, pixels
+    blur: bool = False,  # hide heads, as `ccc.folder.blur_head`
+    table: (
+        str | Path | None
+    ) = None,  # of `write_labels`, where it was written for this page: both are known as ours by the page's seal
+    force: bool = False,  # replace a file that is not ours
+):
     "A page to look through the clusters of a folder."
     check_free(path, force=force)
     crops, c = Crops(images), np.asarray(labels.confidence)
     groups = [np.flatnonzero(labels.labels == j) for j in range(labels.n_clusters)]
     order = sorted((j for j, at in enumerate(groups) if len(at)), key=lambda j: -c[groups[j]].mean())
-    rows = [(f'cluster {j}: {len(groups[j])} images, confidence {c[groups[j]].mean():.2f}', groups[j]) for j in order[:clusters]]
+    rows = [
+        (f'cluster {j}: {len(groups[j])} images, confidence {c[groups[j]].mean():.2f}', groups[j])
+        for j in order[:clusters]
+    ]
     out = np.flatnonzero(labels.labels < 0)
-    if len(out): rows.append((f'in no cluster: {len(out)} images', out))
-    body = ''.join(_page_row(crops, at[np.argsort(-c[at], kind='stable')][:most], title, c, height, blur) for title, at in rows)
-    head = f'{len(crops):,} images, {len(order):,} clusters' + (f', of which the surest {clusters:,} are shown' if len(order) > clusters else '')
-    page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{head}</title><style>{_STYLE}</style><h1>{head}</h1><p>The surest first, in a cluster and of clusters. Below each picture its confidence.</p>{body}</html>'
+    if len(out):
+        rows.append((f'in no cluster: {len(out)} images', out))
+    body = ''.join(
+        _page_row(crops, at[np.argsort(-c[at], kind='stable')][:most], title, c, height, blur)
+        for title, at in rows
+    )
+    head = f'{len(crops):,} images, {len(order):,} clusters' + (
+        f', of which the surest {clusters:,} are shown' if len(order) > clusters else ''
+    )
+    page = (
+        '<!doctype html><html lang="en"><meta'
+        f' charset="utf-8"><title>{head}</title><style>{_STYLE}</style><h1>{head}</h1><p>The surest first, in'
+        f' a cluster and of clusters. Below each picture its confidence.</p>{body}</html>'
+    )
     page = seal_page(page, *([] if table is None else [table]))
     write_file(Path(path), lambda f: f.write(page))
 
 # %% ../nbs/08b_model.ipynb #c14f0746
-def pair_similarities(x,  # (N, D) unit norm
-                      ids,  # (N,) people; below 0: left out
-                      camids=None,  # (N,) cameras; pairs of one person in one known camera are left out
-                     ) -> tuple:  # cosines of pairs of one person, and of pairs of two, each 1-D float32
+def pair_similarities(
+    x,  # (N, D) unit norm
+    ids,  # (N,) people; below 0: left out
+    camids=None,  # (N,) cameras; pairs of one person in one known camera are left out
+) -> tuple:  # cosines of pairs of one person, and of pairs of two, each 1-D float32
     "Similarities of all pairs, apart for one person and two."
-    x, ids, camids = np.asarray(x), np.asarray(ids), np.full(len(x), -1) if camids is None else np.asarray(camids)
+    x, ids, camids = (
+        np.asarray(x),
+        np.asarray(ids),
+        np.full(len(x), -1) if camids is None else np.asarray(camids),
+    )
     i, j = np.triu_indices(len(x), 1)
     known = (ids[i] >= 0) & (ids[j] >= 0)
     i, j = i[known], j[known]
-    s, same = np.concatenate([[], *((x[a] * x[b]).sum(1) for a, b in zip(*(np.array_split(p, len(i) // 200_000 + 1) for p in (i, j))))]).astype(np.float32), ids[i] == ids[j]
+    s, same = (
+        np.concatenate(
+            [
+                [],
+                *(
+                    (x[a] * x[b]).sum(1)
+                    for a, b in zip(*(np.array_split(p, len(i) // 200_000 + 1) for p in (i, j)))
+                ),
+            ]
+        ).astype(np.float32),
+        ids[i] == ids[j],
+    )
     walk = same & (camids[i] == camids[j]) & (camids[i] >= 0)
     return s[same & ~walk], s[~same]
 
 # %% ../nbs/08b_model.ipynb #ceed40d0
-def error_rates(same, different,  # cosines of pairs of one person and of two
-                thresholds,  # (T,)
-               ) -> tuple:  # FMR (T,), FNMR (T,)
+def error_rates(
+    same,
+    different,  # cosines of pairs of one person and of two
+    thresholds,  # (T,)
+) -> tuple:  # FMR (T,), FNMR (T,)
     "Error rates at thresholds: a pair is called the same at the threshold or above."
     same, different = np.sort(same), np.sort(different)
-    return (len(different) - np.searchsorted(different, thresholds, 'left')) / len(different), np.searchsorted(same, thresholds, 'left') / len(same)
+    return (len(different) - np.searchsorted(different, thresholds, 'left')) / len(
+        different
+    ), np.searchsorted(same, thresholds, 'left') / len(same)
 
 # %% ../nbs/08b_model.ipynb #e31820b8
 @dataclass
 class Calibration:
     "A threshold on the cosine, and how often it errs on the pairs it was set with."
+
     threshold: float  # the same at or above it
     fmr: float  # share of pairs of different people called the same
     fnmr: float  # share of pairs of one person called different
@@ -405,110 +666,201 @@ class Calibration:
 
     def fnmr_at(self, fmr: float) -> float:  # FMR -> FNMR
         "FNMR at the lowest threshold that keeps FMR within a bound."
-        return min((n for f, n in zip(self.roc['fmr'], self.roc['fnmr']) if f <= fmr), default=1.)
+        return min((n for f, n in zip(self.roc['fmr'], self.roc['fnmr']) if f <= fmr), default=1.0)
 
     def __str__(self):
-        at = ', '.join(f'{self.fnmr_at(f):.1%} at FMR {f:.1%}' for f in (.1, .01, .001) if f * self.n_different >= 1)
-        return (f'same at cosine {self.threshold:.3f} or above: FMR {self.fmr:.2%}, FNMR {self.fnmr:.1%}; EER {self.eer:.1%}; FNMR {at}\n'
-                f'from {self.n_same:,} pairs of one person and {self.n_different:,} of two, {self.source}')
+        at = ', '.join(
+            f'{self.fnmr_at(f):.1%} at FMR {f:.1%}' for f in (0.1, 0.01, 0.001) if f * self.n_different >= 1
+        )
+        return (
+            f'same at cosine {self.threshold:.3f} or above: FMR {self.fmr:.2%}, FNMR {self.fnmr:.1%}; EER'
+            f' {self.eer:.1%}; FNMR {at}\nfrom {self.n_same:,} pairs of one person and {self.n_different:,}'
+            f' of two, {self.source}'
+        )
 
 # %% ../nbs/08b_model.ipynb #004fdad6
-def set_threshold(same, different,  # cosines of pairs of one person and of two
-                  fmr: float = .01,  # bound
-                  source: str = '',  # as of `Calibration`
-                 ) -> Calibration:
-    "The lowest threshold that keeps the false match rate within a bound; ValueError where there are too few pairs to tell."
+def set_threshold(
+    same,
+    different,  # cosines of pairs of one person and of two
+    fmr: float = 0.01,  # bound
+    source: str = '',  # as of `Calibration`
+) -> Calibration:
+    """The lowest threshold that keeps the false match rate within a bound; ValueError where there are too
+    few pairs to tell."""
     if not len(same) or fmr * len(different) < 1:
-        raise ValueError(f'a threshold at fmr={fmr} needs pairs of one person and at least {int(np.ceil(1 / fmr))} of two, got {len(same)} and {len(different)}')
+        raise ValueError(
+            f'a threshold at fmr={fmr} needs pairs of one person and at least {int(np.ceil(1 / fmr))} of two,'
+            f' got {len(same)} and {len(different)}'
+        )
     both = np.unique(np.concatenate([same, different]))
-    thresholds = np.append(both, np.nextafter(both[-1], np.float32(2)))             # above the last, nobody is the same
+    thresholds = np.append(both, np.nextafter(both[-1], np.float32(2)))  # above the last, nobody is the same
     f, n = error_rates(same, different, thresholds)
     at, meet = np.argmax(f <= fmr), np.argmin(np.abs(f - n))
-    shown = np.unique(np.r_[np.linspace(0, len(f) - 1, 300).astype(int), [np.argmax(f <= bound) for bound in (.1, .01, .001, fmr)], meet])
+    shown = np.unique(
+        np.r_[
+            np.linspace(0, len(f) - 1, 300).astype(int),
+            [np.argmax(f <= bound) for bound in (0.1, 0.01, 0.001, fmr)],
+            meet,
+        ]
+    )
     roc = dict(threshold=thresholds[shown].tolist(), fmr=f[shown].tolist(), fnmr=n[shown].tolist())
-    return Calibration(float(thresholds[at]), float(f[at]), float(n[at]), float((f[meet] + n[meet]) / 2), len(same), len(different), source, roc)
+    return Calibration(
+        float(thresholds[at]),
+        float(f[at]),
+        float(n[at]),
+        float((f[meet] + n[meet]) / 2),
+        len(same),
+        len(different),
+        source,
+        roc,
+    )
 
 # %% ../nbs/08b_model.ipynb #46001a40
-def calibrate(model: Model,
-              images,  # as of `Crops`; a labelled split knows its people and cameras
-              ids=None,  # (N,) people, below 0: unknown; or `PseudoLabels`; None: those of the split, else pseudo-labels by DBSCAN
-              camids=None,  # (N,) cameras; None: those of the split
-              fmr: float = .01,  # bound on the false match rate
-              most: int = 3000,  # images whose pairs are looked at, evenly chosen: pairs grow with the square
-             ) -> Calibration:  # also kept as `model.calibration`, and in every file exported afterwards
+def calibrate(
+    model: Model,
+    images,  # as of `Crops`; a labelled split knows its people and cameras
+    ids=None,  # (N,) people, below 0: unknown; or `PseudoLabels`; None: those of the split, else pseudo-labels by DBSCAN
+    camids=None,  # (N,) cameras; None: those of the split
+    fmr: float = 0.01,  # bound on the false match rate
+    most: int = 3000,  # images whose pairs are looked at, evenly chosen: pairs grow with the square
+) -> Calibration:  # also kept as `model.calibration`, and in every file exported afterwards
     "Sets the threshold of `model.same` and reports its error rates."
     x, source = model.embed(images), 'people as labelled'
-    ids, camids = (getattr(images, name, None) if given is None else given for name, given in (('pids', ids), ('camids', camids)))
-    if ids is None or not hasattr(ids, 'confidence') and not (np.asarray(ids) >= 0).any(): ids = model.label(images, x=x)
-    if hasattr(ids, 'confidence'): ids, source = surest(ids), 'people as the surest half of pseudo-labels has it: rates of clusters, not of people'
+    ids, camids = (
+        getattr(images, name, None) if given is None else given
+        for name, given in (('pids', ids), ('camids', camids))
+    )
+    if ids is None or not hasattr(ids, 'confidence') and not (np.asarray(ids) >= 0).any():
+        ids = model.label(images, x=x)
+    if hasattr(ids, 'confidence'):
+        ids, source = (
+            surest(ids),
+            'people as the surest half of pseudo-labels has it: rates of clusters, not of people',
+        )
     keep = np.unique(np.linspace(0, len(x) - 1, min(most, len(x))).astype(int))
-    found = set_threshold(*pair_similarities(*(None if a is None else np.asarray(a)[keep] for a in (x, ids, camids))), fmr, source)
+    found = set_threshold(
+        *pair_similarities(*(None if a is None else np.asarray(a)[keep] for a in (x, ids, camids))),
+        fmr,
+        source,
+    )
     model.info['calibration'] = asdict(found)
     return found
+
 
 def surest(labels: PseudoLabels) -> np.ndarray:  # (N,) int, -1: not sure
     "Labels of the more confident half of the images in clusters."
     members = labels.labels >= 0
-    return np.where(members & (labels.confidence >= np.median(labels.confidence[members])), labels.labels, -1) if members.any() else labels.labels
+    return (
+        np.where(members & (labels.confidence >= np.median(labels.confidence[members])), labels.labels, -1)
+        if members.any()
+        else labels.labels
+    )
 
 # %% ../nbs/08b_model.ipynb #9ff3019f
 @dataclass
 class Verdict:
     "Whether pairs show one person."
+
     same: np.ndarray  # (P,) bool
     similarity: np.ndarray  # (P,) cosine
     calibration: Calibration = field(repr=False)
 
     def __str__(self):
         c = self.calibration
-        return '\n'.join(f'{"same" if y else "different"}: cosine {s:.3f}, threshold {c.threshold:.3f} (FMR {c.fmr:.2%}, FNMR {c.fnmr:.1%})' for y, s in zip(self.same, self.similarity))
+        return '\n'.join(
+            f'{"same" if y else "different"}: cosine {s:.3f}, threshold {c.threshold:.3f} (FMR {c.fmr:.2%},'
+            f' FNMR {c.fnmr:.1%})'
+            for y, s in zip(self.same, self.similarity)
+        )
 
-def same(model: Model, a, b,  # as of `Crops`, as many in b as in a
-        ) -> Verdict:
+
+def same(
+    model: Model,
+    a,
+    b,  # as of `Crops`, as many in b as in a
+) -> Verdict:
     "Whether each picture of `a` shows the same as its partner in `b`; ValueError before `calibrate`."
-    if model.calibration is None: raise ValueError('same needs a threshold with known error rates, got none; call model.calibrate(images) first')
+    if model.calibration is None:
+        raise ValueError(
+            'same needs a threshold with known error rates, got none; call model.calibrate(images) first'
+        )
     x, y = model.embed(a), model.embed(b)
-    if len(x) != len(y): raise ValueError(f'same compares pairs and needs as many pictures in a as in b, got {len(x)} and {len(y)}')
+    if len(x) != len(y):
+        raise ValueError(
+            f'same compares pairs and needs as many pictures in a as in b, got {len(x)} and {len(y)}'
+        )
     s = (x * y).sum(1)
     return Verdict(s >= model.calibration.threshold, s, model.calibration)
+
 
 Model.calibrate, Model.same = calibrate, same
 
 # %% ../nbs/08b_model.ipynb #c595ed29
 def _program(model):
     "The whole computation for any number of images."
-    images = torch.zeros((2, 3, model.info['height'], model.info['width']), dtype=torch.uint8 if isinstance(model.module, Bytes) else torch.float32)
-    module = copy.deepcopy(model.module).cpu().eval()      # a model in use stays on its device
+    images = torch.zeros(
+        (2, 3, model.info['height'], model.info['width']),
+        dtype=torch.uint8 if isinstance(model.module, Bytes) else torch.float32,
+    )
+    module = copy.deepcopy(model.module).cpu().eval()  # a model in use stays on its device
     return torch.export.export(module, (images,), dynamic_shapes=({0: torch.export.Dim('batch')},))
 
+
 def _write_onnx(model, path):
-    try: import onnx, onnxscript
-    except ImportError as e: raise ImportError("ONNX needs `pip install 'ccc-reid[export]'`") from e
-    try: program = torch.onnx.export(_program(model), dynamo=True, input_names=['images'], output_names=['embeddings'], verbose=False)
+    try:
+        import onnx
+        import onnxscript  # noqa: F401
+    except ImportError as e:
+        raise ImportError("ONNX needs `pip install 'ccc-reid[export]'`") from e
+    try:
+        program = torch.onnx.export(
+            _program(model), dynamo=True, input_names=['images'], output_names=['embeddings'], verbose=False
+        )
     except torch.onnx.errors.OnnxExporterError as e:
-        raise ValueError(f"{model.info['arch']} cannot be written as ONNX by torch {torch.__version__} ({type(e).__name__}); .pt2 and .safetensors are other forms") from e
-    program.save(str(path), external_data=False)             # one file to take away
+        raise ValueError(
+            f"{model.info['arch']} cannot be written as ONNX by torch {torch.__version__}"
+            f" ({type(e).__name__}); .pt2 and .safetensors are other forms"
+        ) from e
+    program.save(str(path), external_data=False)  # one file to take away
     proto = onnx.load(path)
     onnx.helper.set_model_props(proto, dict(ccc=json.dumps(model.info)))
     onnx.save(proto, path)
 
+
 def _write_pt2(model, path):
     torch.export.save(_program(model), path, extra_files={'ccc.json': json.dumps(model.info)})
 
+
 def _write_safetensors(model, path):
     from safetensors.torch import save_file
-    save_file({n: t.detach().cpu().contiguous() for n, t in model.module.net.state_dict().items()}, path, dict(ccc=json.dumps(model.info)))
+
+    save_file(
+        {n: t.detach().cpu().contiguous() for n, t in model.module.net.state_dict().items()},
+        path,
+        dict(ccc=json.dumps(model.info)),
+    )
+
 
 WRITERS = {'.safetensors': _write_safetensors, '.onnx': _write_onnx, '.pt2': _write_pt2}
 
 # %% ../nbs/08b_model.ipynb #75174292
 def _of_onnx(path, device):
-    try: import onnxruntime
-    except ImportError as e: raise ImportError("ONNX needs `pip install 'ccc-reid[export]'`") from e
-    session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'] if device == 'cpu' else onnxruntime.get_available_providers())
+    try:
+        import onnxruntime
+    except ImportError as e:
+        raise ImportError("ONNX needs `pip install 'ccc-reid[export]'`") from e
+    session = onnxruntime.InferenceSession(
+        str(path),
+        providers=['CPUExecutionProvider'] if device == 'cpu' else onnxruntime.get_available_providers(),
+    )
     told = session.get_modelmeta().custom_metadata_map
-    ready = (lambda images: images) if 'uint8' in session.get_inputs()[0].type else lambda images: normalize(torch.from_numpy(images)).numpy()
+    ready = (
+        (lambda images: images)
+        if 'uint8' in session.get_inputs()[0].type
+        else lambda images: normalize(torch.from_numpy(images)).numpy()
+    )
     return Model(lambda images: session.run(None, {'images': ready(images)})[0], _info(path, told.get('ccc')))
+
 
 def _run_pt2(path, device):
     "The program inside the file itself. Loading one can run anything: it is for files of our own making."
@@ -516,16 +868,22 @@ def _run_pt2(path, device):
     program = torch.export.load(path, extra_files=told)
     return Model(run_torch(program.module(), device or 'cpu'), _info(path, told['ccc.json']))
 
+
 def _raw_tensor(data, meta, like):
-    "A tensor from its bytes, in the shape and number format of `like`; ValueError where the file says otherwise."
+    """A tensor from its bytes, in the shape and number format of `like`; ValueError where the file says
+    otherwise."""
     sizes, strides = (tuple(s['as_int'] for s in meta[k]) for k in ('sizes', 'strides'))
-    if meta['storage_offset']['as_int']: raise ValueError('weights must begin where their bytes do')
+    if meta['storage_offset']['as_int']:
+        raise ValueError('weights must begin where their bytes do')
     places = 1 + sum((n - 1) * s for n, s in zip(sizes, strides))
-    if sizes != tuple(like.shape) or min(strides, default=0) < 0 or places * like.element_size() > len(data): raise ValueError(f'weights must have the shape {tuple(like.shape)}, got {sizes}')
+    if sizes != tuple(like.shape) or min(strides, default=0) < 0 or places * like.element_size() > len(data):
+        raise ValueError(f'weights must have the shape {tuple(like.shape)}, got {sizes}')
     return torch.frombuffer(bytearray(data), dtype=like.dtype).as_strided(sizes, strides)
 
+
 def _of_pt2(path, device):
-    "Its description and its weights, in the network that the description names: the program in the file is not run."
+    """Its description and its weights, in the network that the description names: the program in the file
+    is not run."""
     with zipfile.ZipFile(path) as archive:
         parts = {n.split('/', 1)[-1]: n for n in archive.namelist()}
         read = lambda name: archive.read(parts[name]) if name in parts else b''
@@ -534,88 +892,153 @@ def _of_pt2(path, device):
         listed = json.loads(read('data/weights/model_weights_config.json') or b'{}').get('config', {})
         own = {f'net.{name}': tensor for name, tensor in net.state_dict().items()}
         if not set(own) <= set(listed) or any(listed[n]['use_pickle'] for n in own):
-            raise ValueError(f'{path} must hold the weights of {info["arch"]} as plain numbers, got others; in Python, load(path, trust=True) runs the program in a file of your own')
-        state = {n: _raw_tensor(read(f'data/weights/{listed[n]["path_name"]}'), listed[n]['tensor_meta'], t) for n, t in own.items()}
+            raise ValueError(
+                f'{path} must hold the weights of {info["arch"]} as plain numbers, got others; in Python,'
+                ' load(path, trust=True) runs the program in a file of your own'
+            )
+        state = {
+            n: _raw_tensor(read(f'data/weights/{listed[n]["path_name"]}'), listed[n]['tensor_meta'], t)
+            for n, t in own.items()
+        }
     net.load_state_dict({n.removeprefix('net.'): t for n, t in state.items()})
     return Model(run_torch(Bytes(net).eval(), device or 'cpu'), info)
 
+
 def _of_safetensors(path, device):
     from safetensors import safe_open
-    with safe_open(path, 'pt') as file: told, tensors = file.metadata() or {}, {n: file.get_tensor(n) for n in file.keys()}
-    bare = 'ccc' not in told and 'arch' in told           # as the trainer leaves one beside each checkpoint
-    own = {k: told[k] for k in ('arch', 'pooling_type', 'dataset')} | {k: int(told[k]) for k in ('height', 'width')} if bare else _info(path, told.get('ccc'))
+
+    with safe_open(path, 'pt') as file:
+        told, tensors = file.metadata() or {}, {n: file.get_tensor(n) for n in file.keys()}
+    bare = 'ccc' not in told and 'arch' in told  # as the trainer leaves one beside each checkpoint
+    own = (
+        {k: told[k] for k in ('arch', 'pooling_type', 'dataset')}
+        | {k: int(told[k]) for k in ('height', 'width')}
+        if bare
+        else _info(path, told.get('ccc'))
+    )
     config = _settings(dict(settings=own) if bare else own)
     net = make_network(config)
-    net.load_state_dict(tensors, strict=not bare)         # which holds no counters of batches
-    return _of_network(net, describe(net, config, path.name, int(told['epoch'])) if bare else _info(path, told['ccc']), device)
+    net.load_state_dict(tensors, strict=not bare)  # which holds no counters of batches
+    return _of_network(
+        net,
+        describe(net, config, path.name, int(told['epoch'])) if bare else _info(path, told['ccc']),
+        device,
+    )
+
 
 def _info(path, text):
     "The description inside a file."
-    if not text: raise ValueError(f'a model file must hold its description, as `model.export` writes it; got none in {path}')
-    try: info = json.loads(text)
-    except (ValueError, RecursionError) as e: raise ValueError(f'a model file must hold its description, got {type(e).__name__}: {e} in {path}') from e
-    missing = [n for n, kind in _DESCRIBED.items() if not isinstance(info, dict) or type(info.get(n)) is not kind]
-    if missing: raise ValueError(f'a model file must hold its description, got one without {", ".join(missing)} in {path}')
+    if not text:
+        raise ValueError(
+            f'a model file must hold its description, as `model.export` writes it; got none in {path}'
+        )
+    try:
+        info = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(
+            f'a model file must hold its description, got {type(e).__name__}: {e} in {path}'
+        ) from e
+    missing = [
+        n for n, kind in _DESCRIBED.items() if not isinstance(info, dict) or type(info.get(n)) is not kind
+    ]
+    if missing:
+        raise ValueError(
+            f'a model file must hold its description, got one without {", ".join(missing)} in {path}'
+        )
     return info
+
 
 _DESCRIBED = dict(arch=str, height=int, width=int, dim=int, weights=str, origin=str, settings=dict)
 
+
 def _settings(info):
     "The settings in a description, for a network whose weights come from the file."
-    place = dict(root_dir='.') if info['settings'].get('dataset') == 'folder' else {}      # it is left out of descriptions
+    # it is left out of descriptions
+    place = dict(root_dir='.') if info['settings'].get('dataset') == 'folder' else {}
     return Config(**info['settings'] | place | dict(resnet_pretrained='none'))
+
 
 READERS |= {'.safetensors': _of_safetensors, '.onnx': _of_onnx, '.pt2': _of_pt2}
 
 # %% ../nbs/08b_model.ipynb #6ab2f589
-def export(model: Model,
-           path: str | Path,  # ending in .safetensors, .onnx or .pt2
-           images,  # real ones, as of `Crops`: the first 16 are compared
-           licence: str = 'not stated',  # of the weights, for the card
-           force: bool = False,  # replace files that are not ours
-          ) -> float:  # the lowest cosine seen
-    "Writes the model and its card after reading it back and comparing embeddings; ValueError, and no file, if a cosine is 0.9999 or less."
+def export(
+    model: Model,
+    path: str | Path,  # ending in .safetensors, .onnx or .pt2
+    images,  # real ones, as of `Crops`: the first 16 are compared
+    licence: str = 'not stated',  # of the weights, for the card
+    force: bool = False,  # replace files that are not ours
+) -> float:  # the lowest cosine seen
+    """Writes the model and its card after reading it back and comparing embeddings; ValueError, and no
+    file, if a cosine is 0.9999 or less."""
     path = Path(path)
-    if model.module is None: raise ValueError('export needs the network itself: load the run, a checkpoint or .safetensors, got a model that was exported already')
-    if path.suffix not in WRITERS: raise ValueError(f'path must end in {", ".join(WRITERS)}, got {path.name}')
+    if model.module is None:
+        raise ValueError(
+            'export needs the network itself: load the run, a checkpoint or .safetensors, got a model that'
+            ' was exported already'
+        )
+    if path.suffix not in WRITERS:
+        raise ValueError(f'path must end in {", ".join(WRITERS)}, got {path.name}')
     path.parent.mkdir(parents=True, exist_ok=True)
     about = path.with_suffix('.md')
     check_free(path, about, force=force)
     part = path.with_name(f'.part-{path.name}')
     try:
         WRITERS[path.suffix](model, part)
-        lowest = parity(model, load(part, device='cpu', trust=True), images)      # the file of a moment ago
-        load(part, device='cpu')                                               # and as everybody else reads it
+        lowest = parity(model, load(part, device='cpu', trust=True), images)  # the file of a moment ago
+        load(part, device='cpu')  # and as everybody else reads it
         os.replace(part, path)
-    finally: part.unlink(missing_ok=True)
+    finally:
+        part.unlink(missing_ok=True)
     text = seal_page(card(model, path.name, licence, lowest), path)
     write_file(about, lambda f: f.write(text))
     return lowest
 
 # %% ../nbs/08b_model.ipynb #045d0b4c
-def parity(a: Model, b: Model,  # two forms of one model
-           images,  # as of `Crops`; the first 16
-           least: float = .9999,  # each cosine must lie above
-          ) -> float:
-    "The lowest cosine between two models' embeddings of the same images, in batches of 1, 5 and all; ValueError if it is too low."
+def parity(
+    a: Model,
+    b: Model,  # two forms of one model
+    images,  # as of `Crops`; the first 16
+    least: float = 0.9999,  # each cosine must lie above
+) -> float:
+    """The lowest cosine between two models' embeddings of the same images, in batches of 1, 5 and all;
+    ValueError if it is too low."""
     crops = Crops(images)
-    if not len(crops): raise ValueError('parity is checked on real images, got none')
+    if not len(crops):
+        raise ValueError('parity is checked on real images, got none')
     some = crops.where(range(min(16, len(crops))))
     lowest = min(float((a.embed(some) * b.embed(some, n)).sum(1).min()) for n in (1, 5, 16))
-    if not lowest > least: raise ValueError(f'two forms of a model must agree: cosine above {least} on every image, got {lowest:.6f}')
+    if not lowest > least:
+        raise ValueError(
+            f'two forms of a model must agree: cosine above {least} on every image, got {lowest:.6f}'
+        )
     return lowest
 
 # %% ../nbs/08b_model.ipynb #9b981e21
-def export_normalised(model: Model,
-                      path: str | Path,  # ending in .onnx
-                      images, licence: str = 'not stated', force: bool = False,  # as of `export`
-                     ) -> float:  # the lowest cosine seen
-    "Writes ONNX that takes float32 (N, 3, height, width), RGB, normalised with the mean and deviation of its description."
-    if Path(path).suffix != '.onnx': raise ValueError(f'a normalised export is an .onnx file, got {Path(path).name}')
-    if model.module is None: raise ValueError('export needs the network itself: load the run, a checkpoint or .safetensors, got a model that was exported already')
-    info = model.info | dict(input='images: float32 (N, 3, height, width), RGB, values 0 to 1 minus the mean, divided by the deviation',
-                             normalisation=model.info['normalisation'] | dict(inside=False))
+def export_normalised(
+    model: Model,
+    path: str | Path,  # ending in .onnx
+    images,
+    licence: str = 'not stated',
+    force: bool = False,  # as of `export`
+) -> float:  # the lowest cosine seen
+    """Writes ONNX that takes float32 (N, 3, height, width), RGB, normalised with the mean and deviation of
+    its description."""
+    if Path(path).suffix != '.onnx':
+        raise ValueError(f'a normalised export is an .onnx file, got {Path(path).name}')
+    if model.module is None:
+        raise ValueError(
+            'export needs the network itself: load the run, a checkpoint or .safetensors, got a model that'
+            ' was exported already'
+        )
+    info = model.info | dict(
+        input=(
+            'images: float32 (N, 3, height, width), RGB, values 0 to 1 minus the mean, divided by the'
+            ' deviation'
+        ),
+        normalisation=model.info['normalisation'] | dict(inside=False),
+    )
     return export(Model(model.run, info, model.module.net), path, images, licence, force)
+
 
 Model.export_normalised = export_normalised
 
@@ -624,23 +1047,64 @@ _LIMITS = '''It was trained without identity labels to put pictures of one perso
 Do not use it to identify or follow people without their consent or another legal ground; see the page on responsible use of `ccc`.
 It leans on clothing, colour, pose and on what is particular to the cameras of its training data. Expect it to fail after a change of clothes, under other light, from other angles, and to be less reliable for groups of people who were few in those data; none of this has been measured unless it is said above.'''
 
-def _lines(pairs): return '\n'.join(f'- {plain(k)}: {plain(v)}' for k, v in pairs.items() if v not in (None, {}, ''))
 
-def card(model: Model, name: str = '',  # of the file
-         licence: str = 'not stated',  # of the weights
-         lowest: float | None = None,  # cosine of the check at export
-        ) -> str:  # Markdown
+def _lines(pairs):
+    return '\n'.join(f'- {plain(k)}: {plain(v)}' for k, v in pairs.items() if v not in (None, {}, ''))
+
+
+def card(
+    model: Model,
+    name: str = '',  # of the file
+    licence: str = 'not stated',  # of the weights
+    lowest: float | None = None,  # cosine of the check at export
+) -> str:  # Markdown
     "What a reader must know of a model, from its description."
     i, percent = model.info, lambda s: {k: f'{v:.1%}' for k, v in s.items() if k != 'epoch'}
-    usage = {'input': i['input'], 'size': f"{i['height']} x {i['width']} (height x width), {i['resize']}", 'normalisation': f"{'inside' if i['normalisation'].get('inside', True) else 'before'} the model; mean {i['normalisation']['mean']}, deviation {i['normalisation']['std']}",
-             'output': i['output'], 'network': f"{i['arch']}, {i['pooling']} pooling, {i['dim']} numbers", 'weights': i['weights'], 'checked': lowest and f'cosine to the original at least {lowest:.7f} on real images'}
-    data = {'data set': i['settings']['dataset'], 'fingerprint': i['data'].get('fingerprint'), 'images': ', '.join(f'{k} {v:,}' for k, v in i['data'].items() if k != 'fingerprint'), 'origin of the first weights': i['settings']['resnet_pretrained']}
-    labels = {k: round(v, 3) if isinstance(v, float) else v for k, v in i['metrics'].items() if k in ('n_clusters', 'n_outliers', 'churn', 'silhouette', 'confidence', 'nmi', 'camera_nmi')}
+    usage = {
+        'input': i['input'],
+        'size': f"{i['height']} x {i['width']} (height x width), {i['resize']}",
+        'normalisation': (
+            f"{'inside' if i['normalisation'].get('inside', True) else 'before'} the model; mean"
+            f" {i['normalisation']['mean']}, deviation {i['normalisation']['std']}"
+        ),
+        'output': i['output'],
+        'network': f"{i['arch']}, {i['pooling']} pooling, {i['dim']} numbers",
+        'weights': i['weights'],
+        'checked': lowest and f'cosine to the original at least {lowest:.7f} on real images',
+    }
+    data = {
+        'data set': i['settings']['dataset'],
+        'fingerprint': i['data'].get('fingerprint'),
+        'images': ', '.join(f'{k} {v:,}' for k, v in i['data'].items() if k != 'fingerprint'),
+        'origin of the first weights': i['settings']['resnet_pretrained'],
+    }
+    labels = {
+        k: round(v, 3) if isinstance(v, float) else v
+        for k, v in i['metrics'].items()
+        if k in ('n_clusters', 'n_outliers', 'churn', 'silhouette', 'confidence', 'nmi', 'camera_nmi')
+    }
     scores = percent(i['scores']) or {'score': 'not evaluated: nothing is known of how well it finds people'}
     config = replace(_settings(i), resnet_pretrained=str(i['settings'].get('resnet_pretrained', 'V1')))
-    parts = {'Use': _lines(usage), 'Data': _lines(data), f"Scores after {i['epochs']} epochs": _lines(scores), 'Labels of the last epoch': _lines(labels), 'Error rates of pairs': '\n'.join(map(plain, str(model.calibration or 'not calibrated').splitlines())),
-             'Limits': _LIMITS, 'Licence': f"Weights: {plain(licence)}. They derive from the training images and from the first weights; their terms apply. Code: Apache-2.0.",
-             'Settings that differ from the published defaults': _lines(changes(config)), 'Made with': _lines(i['versions'] | {'commit': i['commit']})}
-    return f"# {plain(name or i['origin'])}\n\n3C person or vehicle re-identification model, from the run {plain(i['origin'])}.\n" + ''.join(f'\n## {k}\n\n{v}\n' for k, v in parts.items() if v)
+    parts = {
+        'Use': _lines(usage),
+        'Data': _lines(data),
+        f"Scores after {i['epochs']} epochs": _lines(scores),
+        'Labels of the last epoch': _lines(labels),
+        'Error rates of pairs': '\n'.join(
+            map(plain, str(model.calibration or 'not calibrated').splitlines())
+        ),
+        'Limits': _LIMITS,
+        'Licence': (
+            f"Weights: {plain(licence)}. They derive from the training images and from the first weights;"
+            " their terms apply. Code: Apache-2.0."
+        ),
+        'Settings that differ from the published defaults': _lines(changes(config)),
+        'Made with': _lines(i['versions'] | {'commit': i['commit']}),
+    }
+    return (
+        f"# {plain(name or i['origin'])}\n\n3C person or vehicle re-identification model, from the run"
+        f" {plain(i['origin'])}.\n" + ''.join(f'\n## {k}\n\n{v}\n' for k, v in parts.items() if v)
+    )
+
 
 Model.export, Model.card = export, card

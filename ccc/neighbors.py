@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from . import _neighbors_kernels as kernels
 from . import _gate as gate
-from ._gate import as_numpy, is_tensor
+from ._gate import as_numpy
 
 gate.require_gate(kernels, 'all_pairs')
 
@@ -23,51 +23,73 @@ def on_accelerator(x) -> bool:
     "Is x a torch tensor that lies elsewhere than in main memory?"
     return getattr(getattr(x, 'device', None), 'type', 'cpu') != 'cpu'
 
+
 def checked_embeddings(x, name='embeddings'):
     "(N, D) float32, finite: NumPy, or a tensor where it lies on an accelerator; ValueError for any other."
-    if not on_accelerator(x): return gate.embeddings(x, name)
+    if not on_accelerator(x):
+        return gate.embeddings(x, name)
     x = x.detach()
-    if x.ndim != 2 or not x.shape[1] or x.is_complex(): raise ValueError(f'{name} must be real (N, D); got {x.dtype} of shape {tuple(x.shape)}')
+    if x.ndim != 2 or not x.shape[1] or x.is_complex():
+        raise ValueError(f'{name} must be real (N, D); got {x.dtype} of shape {tuple(x.shape)}')
     x = x.float()
     gate.all_finite(lambda: as_numpy(x.isfinite().all(1)), name)
     return x
+
 
 def progress(items, name):
     "The items, with a progress bar from the third second on: what is quicker stays silent, in notebooks too."
     start, bar = time.monotonic(), None
     for n, item in enumerate(items):
         yield item
-        if bar is not None: bar.update()              # a bar without a total has no truth value
-        elif time.monotonic() - start > 2: bar = tqdm(desc=name, total=len(items) if hasattr(items, '__len__') else None, initial=n + 1, leave=False)
-    if bar is not None: bar.close()
+        if bar is not None:
+            bar.update()  # a bar without a total has no truth value
+        elif time.monotonic() - start > 2:
+            bar = tqdm(
+                desc=name, total=len(items) if hasattr(items, '__len__') else None, initial=n + 1, leave=False
+            )
+    if bar is not None:
+        bar.close()
 
 # %% ../nbs/03_neighbors.ipynb #a3f9f370
 def _faiss_index(x, k, index, gpu):
     "A FAISS index over x, built on a GPU if that is asked for and FAISS sees one."
     import faiss
-    lists = max(1, min(int(4 * len(x) ** .5), len(x) // 39))                        # FAISS's guideline, and its least number of samples a list
-    built = faiss.index_factory(x.shape[1], {'exact': 'Flat', 'ivf': f'IVF{lists},Flat', 'hnsw': 'HNSW32'}[index])
-    if gpu and index != 'hnsw' and faiss.get_num_gpus(): built = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, built)
+
+    # FAISS's guideline, and its least number of samples a list
+    lists = max(1, min(int(4 * len(x) ** 0.5), len(x) // 39))
+    built = faiss.index_factory(
+        x.shape[1], {'exact': 'Flat', 'ivf': f'IVF{lists},Flat', 'hnsw': 'HNSW32'}[index]
+    )
+    if gpu and index != 'hnsw' and faiss.get_num_gpus():
+        built = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, built)
     built.train(x)
     built.add(x)
-    if index == 'ivf': built.nprobe = max(8, lists // 8)
-    if index == 'hnsw': built.hnsw.efSearch = 4 * k
+    if index == 'ivf':
+        built.nprobe = max(8, lists // 8)
+    if index == 'hnsw':
+        built.hnsw.efSearch = 4 * k
     return built
+
 
 def _search_faiss(x, k, index, gpu=False, block=8192):
     "Squared distances and ids, ascending; the exact search by distance and id."
     import faiss
-    ordered = k < faiss.cvar.distance_compute_min_k_reservoir and not (gpu and faiss.get_num_gpus())     # a heap by distance and id; longer lists leave equals open
+
+    # a heap by distance and id; longer lists leave equals open
+    ordered = k < faiss.cvar.distance_compute_min_k_reservoir and not (gpu and faiss.get_num_gpus())
     built, more = _faiss_index(x, k, index, gpu), k if ordered or index != 'exact' else min(k + 1, len(x))
-    found = [built.search(x[lo:lo + block], more) for lo in progress(range(0, len(x), block), 'neighbours')]
+    found = [built.search(x[lo : lo + block], more) for lo in progress(range(0, len(x), block), 'neighbours')]
     distances, ids = map(np.concatenate, zip(*found))
-    if index != 'exact': return _completed(x, distances, ids, index)
-    cut = np.flatnonzero(distances[:, k - 1] == distances[:, -1]) if more > k else np.array([], int)   # equals on both sides of the last place
+    if index != 'exact':
+        return _completed(x, distances, ids, index)
+    # equals on both sides of the last place
+    cut = np.flatnonzero(distances[:, k - 1] == distances[:, -1]) if more > k else np.array([], int)
     distances, ids = _by_id(distances[:, :k], ids[:, :k])
     for lo in range(0, len(cut), 256):
-        rows = cut[lo:lo + 256]
+        rows = cut[lo : lo + 256]
         distances[rows], ids[rows] = _all_equals(built, x[rows], k, len(x))
     return distances, ids
+
 
 def _by_id(distances, ids):
     "The same, equal distances in ascending order of id."
@@ -77,79 +99,110 @@ def _by_id(distances, ids):
         distances[i], ids[i] = distances[i, order], ids[i, order]
     return distances, ids
 
+
 def _all_equals(built, x, k, n):
     "The first k by distance and id, from a search wide enough to hold all that are as far as the k-th."
     wide = k
     while True:
         wide = min(4 * wide, n)
         distances, ids = built.search(x, wide)
-        if wide == n or (distances[:, k - 1] < distances[:, -1]).all(): break
+        if wide == n or (distances[:, k - 1] < distances[:, -1]).all():
+            break
     distances, ids = _by_id(distances, ids)
     return distances[:, :k], ids[:, :k]
+
 
 def _completed(x, distances, ids, index):
     "An approximate search that found too few neighbours says -1: those rows are searched exactly."
     import faiss
+
     rows = np.flatnonzero((ids < 0).any(1))
     for lo in range(0, len(rows), 8192):
-        part = rows[lo:lo + 8192]
+        part = rows[lo : lo + 8192]
         distances[part], ids[part] = faiss.knn(x[part], x, ids.shape[1])
-    if len(rows): print(f'{index}: {len(rows)} of {len(x)} samples had too few neighbours in the index and were searched exactly')
+    if len(rows):
+        print(
+            f'{index}: {len(rows)} of {len(x)} samples had too few neighbours in the index and were searched'
+            ' exactly'
+        )
     return _by_id(distances, ids)
+
 
 def _search_torch(x, k):
     "Squared distances and ids by blocks of a matrix product, wherever x is."
     import torch
     from ccc._neighbors_torch import search
-    return tuple(map(as_numpy, search(torch.tensor(x) if isinstance(x, np.ndarray) else x, k)))    # a copy: torch warns of read-only memory
+
+    # a copy: torch warns of read-only memory
+    return tuple(map(as_numpy, search(torch.tensor(x) if isinstance(x, np.ndarray) else x, k)))
+
 
 def _search(x, k, index, gpu=False):
     "On an accelerator with torch, else with FAISS, else with torch. `gpu`: FAISS may use one."
-    if on_accelerator(x): return _search_torch(x, k)
-    try: return _search_faiss(x, k, index, gpu)
+    if on_accelerator(x):
+        return _search_torch(x, k)
+    try:
+        return _search_faiss(x, k, index, gpu)
     except ImportError:
-        if index != 'exact': raise
+        if index != 'exact':
+            raise
         return _search_torch(x, k)
 
 # %% ../nbs/03_neighbors.ipynb #118c4276
-def knn(x,       # (N, D) embeddings, NumPy or torch
-        k: int,  # neighbours to return, the sample itself included
-        index: str = 'exact',  # 'exact'; above a million samples 'ivf' or 'hnsw', FAISS's approximations, whose recall is printed
-        ) -> tuple[np.ndarray, np.ndarray]:  # squared Euclidean distances (N, k) float32 ascending; ids (N, k) int64
-    "The k nearest neighbours of every sample, itself first, equal distances by index; distances beyond float32 are infinite; ValueError where k > N, a value is not finite, or the index is unknown."
+def knn(
+    x,  # (N, D) embeddings, NumPy or torch
+    k: int,  # neighbours to return, the sample itself included
+    index: str = 'exact',  # 'exact'; above a million samples 'ivf' or 'hnsw', FAISS's approximations, whose recall is printed
+) -> tuple[np.ndarray, np.ndarray]:  # squared Euclidean distances (N, k) float32 ascending; ids (N, k) int64
+    """The k nearest neighbours of every sample, itself first, equal distances by index; distances beyond
+    float32 are infinite; ValueError where k > N, a value is not finite, or the index is unknown."""
     return _knn(checked_embeddings(x), k, index)
+
 
 def _knn(x, k, index):
     "`knn` of embeddings that are checked."
-    if not 1 <= gate.whole('k', k) <= len(x): raise ValueError(f'k counts the sample itself and must lie in 1..N; got k={k} with N={len(x)}')
-    if index not in ('exact', 'ivf', 'hnsw'): raise ValueError(f"index must be 'exact', 'ivf' or 'hnsw'; got {index!r}")
-    gpu = on_accelerator(x)                                         # what lies in main memory is searched by the CPU
-    if gpu and index != 'exact': x = np.ascontiguousarray(as_numpy(x))         # FAISS reads main memory, and brings it to its own GPU
+    if not 1 <= gate.whole('k', k) <= len(x):
+        raise ValueError(f'k counts the sample itself and must lie in 1..N; got k={k} with N={len(x)}')
+    if index not in ('exact', 'ivf', 'hnsw'):
+        raise ValueError(f"index must be 'exact', 'ivf' or 'hnsw'; got {index!r}")
+    gpu = on_accelerator(x)  # what lies in main memory is searched by the CPU
+    if gpu and index != 'exact':
+        x = np.ascontiguousarray(as_numpy(x))  # FAISS reads main memory, and brings it to its own GPU
     gate.one_thread_after_fork()
     require_memory(len(x) * k * 12, f'The {k} nearest neighbours of {len(x)} samples')
     x, exponent = gate.within_squares(x)
     first = _first_copies(x) if index == 'exact' and not on_accelerator(x) else None
     distances, indices = _search(x, k, index, gpu) if first is None else _search_once(x, first, k)
-    if index != 'exact': print(f'{index}: {_recall(x, indices):.2%} of the {k} nearest neighbours found, measured on {min(len(x), 1000)} samples')
+    if index != 'exact':
+        print(
+            f'{index}: {_recall(x, indices):.2%} of the {k} nearest neighbours found, measured on'
+            f' {min(len(x), 1000)} samples'
+        )
     distances = np.maximum(distances, 0)
     if exponent:
-        with np.errstate(over='ignore', under='ignore'): distances = np.ldexp(distances, 2 * exponent)
+        with np.errstate(over='ignore', under='ignore'):
+            distances = np.ldexp(distances, 2 * exponent)
     return _self_first(distances, np.asarray(indices, np.int64))
 
 # %% ../nbs/03_neighbors.ipynb #2d96838e
 def _first_copies(x):
     "(N,) index of the first sample with the same embedding; None where no two are the same."
-    factors = np.random.default_rng(0).integers(0, 2**31, x.shape[1], dtype=np.uint32) * np.uint32(2) + np.uint32(1)
-    hashes = np.einsum('nd,d->n', x.view(np.uint32), factors)                # in integers: the order of adding does not matter
+    factors = np.random.default_rng(0).integers(0, 2**31, x.shape[1], dtype=np.uint32) * np.uint32(
+        2
+    ) + np.uint32(1)
+    # in integers: the order of adding does not matter
+    hashes = np.einsum('nd,d->n', x.view(np.uint32), factors)
     order = np.argsort(hashes, kind='stable')
     alike = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
     alike = alike[[np.array_equal(x[order[i]], x[order[i + 1]]) for i in alike]] if len(alike) else alike
-    if not len(alike): return None
+    if not len(alike):
+        return None
     new = np.ones(len(x), bool)
     new[alike + 1] = False
     first = np.empty(len(x), np.int64)
     first[order] = order[np.maximum.accumulate(np.where(new, np.arange(len(x)), 0))]
     return first
+
 
 def _search_once(x, first, k):
     "The exact search among first copies, each standing for all of its copies."
@@ -157,37 +210,49 @@ def _search_once(x, first, k):
     members, begins = np.argsort(group, kind='stable'), np.r_[0, sizes.cumsum()[:-1]]
     distances, near = _search(np.ascontiguousarray(x[firsts]), min(k, len(firsts)), 'exact')
     distances = np.maximum(distances, 0)
-    distances[near == np.arange(len(firsts))[:, None]] = 0                   # a sample's copies are at 0, whatever the product's rounding
-    taken = np.minimum(sizes[near], k).ravel()                               # copies of each that may be among the first k: the first ones
+    # a sample's copies are at 0, whatever the product's rounding
+    distances[near == np.arange(len(firsts))[:, None]] = 0
+    taken = np.minimum(sizes[near], k).ravel()  # copies of each that may be among the first k: the first ones
     row = np.repeat(np.repeat(np.arange(len(firsts)), near.shape[1]), taken)
     ids = members[np.repeat(begins[near].ravel() - taken.cumsum() + taken, taken) + np.arange(len(row))]
     distances = np.repeat(distances.ravel(), taken)
     order = np.lexsort((ids, distances, row))
-    rows = np.searchsorted(row, np.arange(len(firsts)))[:, None] + np.arange(k)      # row is ascending: its first k places in the order
+    # row is ascending: its first k places in the order
+    rows = np.searchsorted(row, np.arange(len(firsts)))[:, None] + np.arange(k)
     return distances[order[rows]][group], ids[order[rows]][group]
 
 # %% ../nbs/03_neighbors.ipynb #dadcbe4e
 def _recall(x, indices, n=1000):
     "Share of the exact neighbours of n samples that an approximate search has found."
     import faiss
+
     sample = np.random.default_rng(0).choice(len(x), min(n, len(x)), replace=False)
     exact = faiss.knn(x[sample], x, indices.shape[1])[1]
     return float(np.mean([np.isin(e, f).mean() for e, f in zip(exact, indices[sample])]))
 
-def require_memory(n_bytes: int,  # about to be taken
-                   what: str):    # by what
+
+def require_memory(
+    n_bytes: int,  # about to be taken
+    what: str,  # by what
+):
     "MemoryError, with both numbers, where less memory is free than is about to be taken."
     import psutil
+
     free = psutil.virtual_memory().available
-    if n_bytes > free: raise MemoryError(f'{what} would take {n_bytes / 1e9:.3g} GB; {free / 1e9:.3g} GB are free')
+    if n_bytes > free:
+        raise MemoryError(f'{what} would take {n_bytes / 1e9:.3g} GB; {free / 1e9:.3g} GB are free')
 
 # %% ../nbs/03_neighbors.ipynb #9af6ba93
 def _self_first(distances, indices):
     "Shift whatever stands before the sample itself by one place, and put the sample at distance 0 in front."
     own = np.arange(len(indices))[:, None]
-    place = np.where((indices == own).any(1), (indices == own).argmax(1), indices.shape[1] - 1)  # crowded out: drop the last
+    # crowded out: drop the last
+    place = np.where((indices == own).any(1), (indices == own).argmax(1), indices.shape[1] - 1)
     for i in np.flatnonzero(place):
-        distances[i, 1:place[i] + 1], indices[i, 1:place[i] + 1] = distances[i, :place[i]].copy(), indices[i, :place[i]].copy()
+        distances[i, 1 : place[i] + 1], indices[i, 1 : place[i] + 1] = (
+            distances[i, : place[i]].copy(),
+            indices[i, : place[i]].copy(),
+        )
     distances[:, 0], indices[:, :1] = 0, own
     return distances, indices
 
@@ -195,115 +260,174 @@ def _self_first(distances, indices):
 def _checked_ranks(ranked):
     "(N, k1 + 1) int32 ids, each row beginning with its own; ValueError for any other."
     ranked = gate.real_array('ranked', ranked)
-    if ranked.ndim != 2 or not ranked.size or ranked.dtype.kind not in 'iu': raise ValueError(f'ranked must be (N, k1 + 1) ids; got {ranked.dtype} of shape {ranked.shape}')
+    if ranked.ndim != 2 or not ranked.size or ranked.dtype.kind not in 'iu':
+        raise ValueError(f'ranked must be (N, k1 + 1) ids; got {ranked.dtype} of shape {ranked.shape}')
     gate.indices('ranked', ranked, len(ranked))
     ranked = np.ascontiguousarray(ranked, np.int32)
     others = np.count_nonzero(ranked[:, 0] != np.arange(len(ranked)))
-    if others: raise ValueError(f'each row of ranked must begin with its own id; got {others} of {len(ranked)} rows that do not')
+    if others:
+        raise ValueError(
+            f'each row of ranked must begin with its own id; got {others} of {len(ranked)} rows that do not'
+        )
     return ranked
 
 # %% ../nbs/03_neighbors.ipynb #56c6a579
-def encode(ranked: np.ndarray,  # (N, k1 + 1) neighbour ids, nearest first, itself first
-           distances_of,        # (offsets, members of all sets) -> distance of each sample to the members of its set
-           k2: int = 6,         # neighbours whose weights are averaged, the sample itself included; 1: none
-           n_threads: int = 0,  # 0: every core
-           ) -> csr_array:      # V (N, N) float32, rows sum to 1
+def encode(
+    ranked: np.ndarray,  # (N, k1 + 1) neighbour ids, nearest first, itself first
+    distances_of,  # (offsets, members of all sets) -> distance of each sample to the members of its set
+    k2: int = 6,  # neighbours whose weights are averaged, the sample itself included; 1: none
+    n_threads: int = 0,  # 0: every core
+) -> csr_array:  # V (N, N) float32, rows sum to 1
     "k-reciprocal encoding of any ranked neighbours, weighted by any distances (re-ranking brings its own)."
     ranked = _checked_ranks(ranked)
     if not 1 <= gate.whole('k2', k2) <= ranked.shape[1]:
-        raise ValueError(f'k2 counts the sample itself and must lie in 1..k1 + 1; got k2={k2} with k1={ranked.shape[1] - 1}')
-    half = round((ranked.shape[1] - 1) / 2) + 1                    # as published: half of k1, rounded to even, and the sample
+        raise ValueError(
+            f'k2 counts the sample itself and must lie in 1..k1 + 1; got k2={k2} with'
+            f' k1={ranked.shape[1] - 1}'
+        )
+    half = round((ranked.shape[1] - 1) / 2) + 1  # as published: half of k1, rounded to even, and the sample
     indptr, indices = kernels.reciprocal_sets(ranked, half, n_threads)
-    require_memory(len(indices) * 8 * (1 + k2), f'The encoding of {len(ranked)} samples')    # its mean over k2 rows holds at most k2 times as much
+    # its mean over k2 rows holds at most k2 times as much
+    require_memory(len(indices) * 8 * (1 + k2), f'The encoding of {len(ranked)} samples')
     weights = np.exp(-distances_of(indptr, indices)).astype(np.float32, copy=False)
     sums = np.add.reduceat(weights, indptr[:-1])
     if weights.shape != indices.shape or not (0 < sums.min() <= sums.max() < np.inf):
-        raise ValueError(f'distances must be finite, and small to one member of each set; got weights exp(-d) that sum to {sums.min()} to {sums.max()}')
+        raise ValueError(
+            'distances must be finite, and small to one member of each set; got weights exp(-d) that sum to'
+            f' {sums.min()} to {sums.max()}'
+        )
     weights /= np.repeat(sums, np.diff(indptr))
-    if k2 > 1: indptr, indices, weights = kernels.mean_of_nearest(ranked, indptr, indices, weights, k2, n_threads)
+    if k2 > 1:
+        indptr, indices, weights = kernels.mean_of_nearest(ranked, indptr, indices, weights, k2, n_threads)
     return csr_array((weights, indices, indptr), shape=(len(ranked), len(ranked)))
 
-def k_reciprocal(x,                   # (N, D) embeddings
-                 ranked: np.ndarray,  # (N, k1 + 1) neighbour ids from `knn`, itself first
-                 k2: int = 6,         # neighbours whose weights are averaged, the sample itself included; 1: none
-                 n_threads: int = 0,  # 0: every core
-                 ) -> csr_array:      # V (N, N) float32, rows sum to 1
-    "The k-reciprocal encoding: how much each sample belongs to the neighbourhood of each other (Zhong et al. 2017)."
+
+def k_reciprocal(
+    x,  # (N, D) embeddings
+    ranked: np.ndarray,  # (N, k1 + 1) neighbour ids from `knn`, itself first
+    k2: int = 6,  # neighbours whose weights are averaged, the sample itself included; 1: none
+    n_threads: int = 0,  # 0: every core
+) -> csr_array:  # V (N, N) float32, rows sum to 1
+    """The k-reciprocal encoding: how much each sample belongs to the neighbourhood of each other (Zhong et
+    al. 2017)."""
     x = gate.embeddings(x)
-    if len(x) != len(ranked): raise ValueError(f'ranked must hold a row for each of {len(x)} embeddings; got {len(ranked)}')
-    return encode(ranked, lambda indptr, indices: kernels.set_distances(x, indptr, indices, n_threads), k2, n_threads)
+    if len(x) != len(ranked):
+        raise ValueError(f'ranked must hold a row for each of {len(x)} embeddings; got {len(ranked)}')
+    return encode(
+        ranked, lambda indptr, indices: kernels.set_distances(x, indptr, indices, n_threads), k2, n_threads
+    )
 
 # %% ../nbs/03_neighbors.ipynb #d4b408cc
 def checked_csr(a, name, n):  # any sparse format (N, N)
-    "CSR of real numbers with sound offsets and columns, sharing the caller's memory; ValueError for any other."
+    """CSR of real numbers with sound offsets and columns, sharing the caller's memory; ValueError for any
+    other."""
     a = a if a.format == 'csr' else a.tocsr()
-    if a.shape != (n, n): raise ValueError(f'{name} must be (N, N) = ({n}, {n}); got {a.shape}')
-    if a.data.dtype.kind not in 'biuf': raise ValueError(f'{name} must hold real numbers; got dtype {a.data.dtype}')
+    if a.shape != (n, n):
+        raise ValueError(f'{name} must be (N, N) = ({n}, {n}); got {a.shape}')
+    if a.data.dtype.kind not in 'biuf':
+        raise ValueError(f'{name} must hold real numbers; got dtype {a.data.dtype}')
     gate.same_length(**{f'columns of {name}': a.indices, f'values of {name}': a.data})
     gate.offsets(f'offsets of {name}', a.indptr, n, len(a.indices))
     gate.indices(f'columns of {name}', a.indices, n)
     return a
 
+
 def _checked_weights(V):
     "A copy of V in canonical form, float32; ValueError where it cannot be the weights of `encode`."
-    if not issparse(V): V = csr_array(gate.real_array('V', V))
-    if V.ndim != 2 or V.shape[0] != V.shape[1]: raise ValueError(f'V must be (N, N); got {V.shape}')
+    if not issparse(V):
+        V = csr_array(gate.real_array('V', V))
+    if V.ndim != 2 or V.shape[0] != V.shape[1]:
+        raise ValueError(f'V must be (N, N); got {V.shape}')
     V = checked_csr(V, 'V', V.shape[0])
-    V = csr_array((V.data.astype(np.float64), V.indices.astype(np.int64), V.indptr.astype(np.int64)), shape=V.shape)
+    V = csr_array(
+        (V.data.astype(np.float64), V.indices.astype(np.int64), V.indptr.astype(np.int64)), shape=V.shape
+    )
     V.sum_duplicates()
-    if V.nnz and not 0 <= V.data.min() <= V.data.max() <= 2: raise ValueError(f'weights must lie in 0..1; got {V.data.min()} to {V.data.max()}')
-    if V.nnz and V.sum(axis=1).max() > 1.001: raise ValueError(f'rows of V must sum to 1; got {V.sum(axis=1).max()}')
+    if V.nnz and not 0 <= V.data.min() <= V.data.max() <= 2:
+        raise ValueError(f'weights must lie in 0..1; got {V.data.min()} to {V.data.max()}')
+    if V.nnz and V.sum(axis=1).max() > 1.001:
+        raise ValueError(f'rows of V must sum to 1; got {V.sum(axis=1).max()}')
     return V.astype(np.float32)
 
 # %% ../nbs/03_neighbors.ipynb #ad819cc5
-def jaccard_from_weights(V: csr_array,        # (N, N) weights, rows sum to 1; any sparse format, not changed
-                         limit: float = 1.,   # pairs farther apart are not stored; 1: all that share a neighbour
-                         n_threads: int = 0,  # 0: every core
-                         block: int = 8192,   # rows between two ticks of the progress bar
-                         ) -> csr_array:      # (N, N) float32; stored: distances below 1, up to the limit, and the zero diagonal; absent: 1
-    "Sparse Jaccard distances between the rows of V; indices are int32 while fewer than 2**31 pairs are stored, else int64; MemoryError before it starts."
+def jaccard_from_weights(
+    V: csr_array,  # (N, N) weights, rows sum to 1; any sparse format, not changed
+    limit: float = 1.0,  # pairs farther apart are not stored; 1: all that share a neighbour
+    n_threads: int = 0,  # 0: every core
+    block: int = 8192,  # rows between two ticks of the progress bar
+) -> (
+    csr_array
+):  # (N, N) float32; stored: distances below 1, up to the limit, and the zero diagonal; absent: 1
+    """Sparse Jaccard distances between the rows of V; indices are int32 while fewer than 2**31 pairs are
+    stored, else int64; MemoryError before it starts."""
     return _jaccard(_checked_weights(V), limit, n_threads, block)
+
 
 def _jaccard(V, limit, n_threads, block=8192):
     "`jaccard_from_weights` of a V that is checked and may be sorted in place."
     gate.number('limit', limit, 0)
-    V.sort_indices()                                                # s_ij and s_ji add the same terms in the same order: equal to the bit
-    too_small = V.data < np.finfo(np.float32).tiny                  # the kernel takes a weight of 0 for one not met
+    V.sort_indices()  # s_ij and s_ji add the same terms in the same order: equal to the bit
+    too_small = V.data < np.finfo(np.float32).tiny  # the kernel takes a weight of 0 for one not met
     if too_small.any():
         V.data[too_small] = 0
         V.eliminate_zeros()
-    def require(n_pairs, index): require_memory(n_pairs * (np.dtype(index).itemsize + 4), f'A graph of {V.shape[0]} samples and {n_pairs} stored pairs')
-    weights = [part for W in (V, V.tocsc()) for part in (W.indptr.astype(np.int64), W.indices.astype(np.int32, copy=False), W.data)]
+
+    def require(n_pairs, index):
+        require_memory(
+            n_pairs * (np.dtype(index).itemsize + 4),
+            f'A graph of {V.shape[0]} samples and {n_pairs} stored pairs',
+        )
+
+    weights = [
+        part
+        for W in (V, V.tocsc())
+        for part in (W.indptr.astype(np.int64), W.indices.astype(np.int32, copy=False), W.data)
+    ]
     indptr, indices, distances = kernels.all_pairs(*weights, limit, block, n_threads, progress, require)
     return csr_array((distances, indices, indptr), shape=V.shape)
 
 # %% ../nbs/03_neighbors.ipynb #c2749f41
-def jaccard_distance(x,                   # (N, D) embeddings, unit norm
-                     k1: int = 30,        # size of the neighbourhoods, the sample itself not counted
-                     k2: int = 6,         # neighbours averaged, the sample itself included
-                     *, limit: float = 1.,     # pairs farther apart are not stored
-                     index: str = 'exact',     # or 'ivf', 'hnsw': as of `knn`
-                     n_threads: int = 0,  # 0: every core
-                     ) -> csr_array:      # (N, N) float32; stored: distances below 1, up to the limit, and the zero diagonal; absent: 1
-    "The k-reciprocal Jaccard distance (Zhong et al. 2017), exact and sparse, of a tensor on an accelerator a `DeviceGraph` there; ValueError where k1 >= N or k2 > k1 + 1."
+def jaccard_distance(
+    x,  # (N, D) embeddings, unit norm
+    k1: int = 30,  # size of the neighbourhoods, the sample itself not counted
+    k2: int = 6,  # neighbours averaged, the sample itself included
+    *,
+    limit: float = 1.0,  # pairs farther apart are not stored
+    index: str = 'exact',  # or 'ivf', 'hnsw': as of `knn`
+    n_threads: int = 0,  # 0: every core
+) -> (
+    csr_array
+):  # (N, N) float32; stored: distances below 1, up to the limit, and the zero diagonal; absent: 1
+    """The k-reciprocal Jaccard distance (Zhong et al. 2017), exact and sparse, of a tensor on an
+    accelerator a `DeviceGraph` there; ValueError where k1 >= N or k2 > k1 + 1."""
     x = checked_embeddings(x)
-    if not 1 <= gate.whole('k1', k1) < len(x): raise ValueError(f'k1 does not count the sample itself and must lie in 1..N-1; got k1={k1} with N={len(x)}')
-    if not 1 <= gate.whole('k2', k2) <= k1 + 1: raise ValueError(f'k2 counts the sample itself and must lie in 1..k1 + 1; got k2={k2} with k1={k1}')
+    if not 1 <= gate.whole('k1', k1) < len(x):
+        raise ValueError(
+            f'k1 does not count the sample itself and must lie in 1..N-1; got k1={k1} with N={len(x)}'
+        )
+    if not 1 <= gate.whole('k2', k2) <= k1 + 1:
+        raise ValueError(f'k2 counts the sample itself and must lie in 1..k1 + 1; got k2={k2} with k1={k1}')
     gate.number('limit', limit, 0)
     if on_accelerator(x):
         from ccc import _neighbors_torch
+
         ranked = None if index == 'exact' else _knn(x, k1 + 1, index)[1]
         return _neighbors_torch.jaccard_distance(x, k1, k2, limit, ranked)
     _, ranked = _knn(x, k1 + 1, index)
-    V = encode(ranked, lambda indptr, indices: kernels.set_distances(x, indptr, indices, n_threads), k2, n_threads)
+    V = encode(
+        ranked, lambda indptr, indices: kernels.set_distances(x, indptr, indices, n_threads), k2, n_threads
+    )
     return _jaccard(V, limit, n_threads)
 
-def to_dense(graph: csr_array,  # (N, N) stored distances below 1
-             ) -> np.ndarray:   # (N, N) float32
+
+def to_dense(
+    graph: csr_array,  # (N, N) stored distances below 1
+) -> np.ndarray:  # (N, N) float32
     "The graph with its absent pairs filled in as 1: for small N, to look at."
-    if issparse(graph) and graph.format != 'csr': graph = graph.tocsr()
+    if issparse(graph) and graph.format != 'csr':
+        graph = graph.tocsr()
     places = np.repeat(np.arange(graph.shape[0]), np.diff(graph.indptr)), graph.indices
     dense, values = np.ones(graph.shape, np.float32), np.zeros(graph.shape, np.float32)
-    np.add.at(values, places, graph.data)                           # a pair stored twice stands for the sum
+    np.add.at(values, places, graph.data)  # a pair stored twice stands for the sum
     dense[places] = values[places]
     return dense

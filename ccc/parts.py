@@ -31,11 +31,13 @@ from .neighbors import as_numpy
 # %% ../nbs/08e_parts.ipynb #47545c73
 PURPOSES = ('weights', 'labels', 'batches', 'augment', 'torch')
 
-def seed_for(seed: int,  # of the run
-             epoch: int,  # counted from 0
-             purpose: str,  # one of `PURPOSES`
-             *part: int,  # within the epoch, e.g. step and chunk of the batch
-            ) -> int:  # below 2**32
+
+def seed_for(
+    seed: int,  # of the run
+    epoch: int,  # counted from 0
+    purpose: str,  # one of `PURPOSES`
+    *part: int,  # within the epoch, e.g. step and chunk of the batch
+) -> int:  # below 2**32
     "The seed of one purpose in one epoch; a pure function, so that resuming needs no random state."
     return int(np.random.SeedSequence([seed, epoch, PURPOSES.index(purpose), *part]).generate_state(1)[0])
 
@@ -43,29 +45,51 @@ def seed_for(seed: int,  # of the run
 HDC_INIT = {'random': 'random', 'k-means++': 'k-means++-x', 'k-means++2': 'k-means++'}
 HDC_METRIC = {'Euler Cosine': 'euler_cosine', 'Cosine': 'cosine', 'Euclidean': 'euclidean'}
 
-def label_options(config: Config,  # settings
-                  epoch: int,  # counted from 0
-                 ) -> dict:  # arguments of `ccc.labels.make_labels`
+
+def label_options(
+    config: Config,  # settings
+    epoch: int,  # counted from 0
+) -> dict:  # arguments of `ccc.labels.make_labels`
     "How the labels of an epoch are made, in the words of `make_labels`."
     c = config
     warm = c.warmup_with_dbscan and epoch < c.warmup_iters
     method = 'dbscan' if warm else c.clustering
-    hdc = dict(init=HDC_INIT[c.hdc_init], metric=HDC_METRIC[c.hdc_similarity], max_iter=c.hdc_max_iter,
-               outliers=c.hdc_outlier, normalize_centroids=c.hdc_normalize, threshold=c.threshold)
-    return dict(method=method, min_instances=c.cluster_min_instances, n_clusters=c.num_clusters, eps=c.dbscan_eps,
-                k1=c.jaccard_k1, k2=c.jaccard_k2, index=c.knn_index, jaccard=method != 'hdc' or not c.no_jaccard,
-                own_centroids=c.hdc_centroids, hdc_options=hdc, random_state=seed_for(c.seed, epoch, 'labels'))
+    hdc = dict(
+        init=HDC_INIT[c.hdc_init],
+        metric=HDC_METRIC[c.hdc_similarity],
+        max_iter=c.hdc_max_iter,
+        outliers=c.hdc_outlier,
+        normalize_centroids=c.hdc_normalize,
+        threshold=c.threshold,
+    )
+    return dict(
+        method=method,
+        min_instances=c.cluster_min_instances,
+        n_clusters=c.num_clusters,
+        eps=c.dbscan_eps,
+        k1=c.jaccard_k1,
+        k2=c.jaccard_k2,
+        index=c.knn_index,
+        jaccard=method != 'hdc' or not c.no_jaccard,
+        own_centroids=c.hdc_centroids,
+        hdc_options=hdc,
+        random_state=seed_for(c.seed, epoch, 'labels'),
+    )
 
 # %% ../nbs/08e_parts.ipynb #ab50372a
-def graph_for(x,  # (N, D) embeddings
-              options: dict):  # of `make_labels` -> (N, N) sparse Jaccard distances; None if the label maker uses none
+def graph_for(
+    x,  # (N, D) embeddings
+    options: dict,  # of `make_labels` -> (N, N) sparse Jaccard distances; None if the label maker uses none
+):
     "The neighbour graph in which `make_labels(x, **options)` would work."
-    if not options['jaccard']: return None
+    if not options['jaccard']:
+        return None
     return build_graph(x, *(options[name] for name in ('method', 'eps', 'k1', 'k2', 'index')))
 
 # %% ../nbs/08e_parts.ipynb #c571ad9a
 class MethodLabels:
     "The method's own label maker: HDC, DBSCAN or k-means, as the settings say for the epoch."
+
     def __init__(self, config: Config):
         self.config = config
 
@@ -78,70 +102,94 @@ class MethodLabels:
         return make_labels(x, graph=graph, **label_options(self.config, epoch))
 
 # %% ../nbs/08e_parts.ipynb #c63b2555
-def make_memory(labels: PseudoLabels,  # its centroids start the memory
-                config: Config,  # `cm_temperature`, `cm_momentum`, `cm_mode`, `loss_with_camera`
-                device='cpu') -> ClusterMemory:  # where it lives
+def make_memory(
+    labels: PseudoLabels,  # its centroids start the memory
+    config: Config,  # `cm_temperature`, `cm_momentum`, `cm_mode`, `loss_with_camera`
+    device='cpu',
+) -> ClusterMemory:  # where it lives
     "A fresh memory: it lives for one epoch, since the next one has other clusters."
-    memory = ClusterMemory(torch.as_tensor(labels.centroids), temperature=config.cm_temperature,
-                           momentum=config.cm_momentum, rule=config.cm_mode, camera_weight=config.loss_with_camera)
+    memory = ClusterMemory(
+        torch.as_tensor(labels.centroids),
+        temperature=config.cm_temperature,
+        momentum=config.cm_momentum,
+        rule=config.cm_mode,
+        camera_weight=config.loss_with_camera,
+    )
     return memory.to(device)
 
 # %% ../nbs/08e_parts.ipynb #955ea907
-def epoch_batches(labels,  # pseudo-labels (N,), -1 never drawn
-                  camids,  # cameras (N,)
-                  config: Config,  # `batch_size`, `num_instances`, `no_cam`, `iters`, `seed`
-                  epoch: int):  # counted from 0
+def epoch_batches(
+    labels,  # pseudo-labels (N,), -1 never drawn
+    camids,  # cameras (N,)
+    config: Config,  # `batch_size`, `num_instances`, `no_cam`, `iters`, `seed`
+    epoch: int,  # counted from 0
+):
     "Yields `iters` arrays (batch_size,) of positions; the same ones for the same seed and epoch."
-    sampler = CameraAwareSampler(labels, None if config.no_cam else camids, num_instances=config.num_instances,
-                                 batch_size=config.batch_size, seed=seed_for(config.seed, epoch, 'batches'))
-    for _, batch in zip(range(config.iters), sampler.batches()): yield batch
+    sampler = CameraAwareSampler(
+        labels,
+        None if config.no_cam else camids,
+        num_instances=config.num_instances,
+        batch_size=config.batch_size,
+        seed=seed_for(config.seed, epoch, 'batches'),
+    )
+    for _, batch in zip(range(config.iters), sampler.batches()):
+        yield batch
 
 # %% ../nbs/08e_parts.ipynb #5c43183e
-def with_absent_pairs(graph: csr_array,  # (N, N) distances, symmetric; absent: 1
-                      least: int = 1,    # entries that each row needs
-                     ) -> csr_array:     # the same distances in one component, each row in ascending order
-    "Stores some absent pairs with their distance 1, for clusterers that need a connected graph with enough neighbours."
+def with_absent_pairs(
+    graph: csr_array,  # (N, N) distances, symmetric; absent: 1
+    least: int = 1,  # entries that each row needs
+) -> csr_array:  # the same distances in one component, each row in ascending order
+    """Stores some absent pairs with their distance 1, for clusterers that need a connected graph with
+    enough neighbours."""
     n = graph.shape[0]
     rows, columns = [], []
     for i in np.flatnonzero(np.diff(graph.indptr) < min(least, n)):
-        stored = graph.indices[graph.indptr[i]:graph.indptr[i + 1]]
+        stored = graph.indices[graph.indptr[i] : graph.indptr[i + 1]]
         others = (i + 1 + np.arange(min(least + len(stored), n))) % n
-        absent = others[~np.isin(others, stored)][:least - len(stored)]
+        absent = others[~np.isin(others, stored)][: least - len(stored)]
         rows += [i] * len(absent)
         columns += absent.tolist()
     component = connected_components(graph, directed=False)[1]
-    first = np.unique(component, return_index=True)[1].tolist()      # one image of each component, in a chain
+    first = np.unique(component, return_index=True)[1].tolist()  # one image of each component, in a chain
     rows, columns = rows + first[:-1], columns + first[1:]
     extra = csr_array((np.ones(len(rows)), (rows, columns)), shape=graph.shape)
     extra = (extra + extra.T).tocoo()
     coo = graph.tocoo()
-    values = np.where((coo.data == 0) & (coo.row != coo.col), np.finfo(np.float32).tiny, coo.data)   # SciPy takes 0 for no edge
+    # SciPy takes 0 for no edge
+    values = np.where((coo.data == 0) & (coo.row != coo.col), np.finfo(np.float32).tiny, coo.data)
     values = np.r_[values, np.ones(extra.nnz)].astype(coo.data.dtype)
     whole = csr_array((values, (np.r_[coo.row, extra.row], np.r_[coo.col, extra.col])), shape=graph.shape)
     return sort_graph_by_row_values(whole, copy=False, warn_when_not_sorted=False)
 
 # %% ../nbs/08e_parts.ipynb #fdce73a1
 class OwnLabels:
-    "A label maker of the user's: a scikit-learn clusterer, or a function of embeddings, graph, cameras and epoch."
+    """A label maker of the user's: a scikit-learn clusterer, or a function of embeddings, graph, cameras
+    and epoch."""
+
     def __init__(self, part, config: Config):
         self.part, self.config = part, config
 
     @property
-    def is_clusterer(self) -> bool: return hasattr(self.part, 'fit_predict')
+    def is_clusterer(self) -> bool:
+        return hasattr(self.part, 'fit_predict')
 
     def graph(self, x, epoch: int):  # embeddings (N, D) -> sparse (N, N) or None
-        "The Jaccard graph, as scikit-learn's neighbour graphs are given; None for a clusterer that works on embeddings."
-        if self.is_clusterer and getattr(self.part, 'metric', None) != 'precomputed': return None
+        """The Jaccard graph, as scikit-learn's neighbour graphs are given; None for a clusterer that works
+        on embeddings."""
+        if self.is_clusterer and getattr(self.part, 'metric', None) != 'precomputed':
+            return None
         c = self.config
-        graph = within(build_graph(x, k1=c.jaccard_k1, k2=c.jaccard_k2, index=c.knn_index), 1.)
+        graph = within(build_graph(x, k1=c.jaccard_k1, k2=c.jaccard_k2, index=c.knn_index), 1.0)
         wanted = [getattr(self.part, name, None) or 0 for name in ('min_samples', 'min_cluster_size')]
         return with_absent_pairs(graph, 1 + max(c.jaccard_k1, *wanted))
 
     def __call__(self, x, graph, camids, epoch: int):
         "What the part gives for NumPy arrays: labels (N,) or `PseudoLabels`."
         x = as_numpy(x)
-        if not self.is_clusterer: return self.part(x, graph, camids, epoch)
-        clusterer = copy.deepcopy(self.part)                 # the user's own stays as it is
+        if not self.is_clusterer:
+            return self.part(x, graph, camids, epoch)
+        clusterer = copy.deepcopy(self.part)  # the user's own stays as it is
         if 'random_state' in vars(clusterer) and clusterer.random_state is None:
             clusterer.random_state = seed_for(self.config.seed, epoch, 'labels')
         return clusterer.fit_predict(x if graph is None else graph)
@@ -154,9 +202,12 @@ def describe_part(part) -> str:  # the same text for the same part in another pr
         return f'{describe_part(part.func)}({", ".join(given)})'
     kind = part if hasattr(part, '__qualname__') else type(part)
     name = f'{kind.__module__}:{kind.__qualname__}'
-    if kind is part: return name
-    if hasattr(part, 'get_params'): values = part.get_params(deep=False)
-    else: values = getattr(part, '__dict__', {})
+    if kind is part:
+        return name
+    if hasattr(part, 'get_params'):
+        values = part.get_params(deep=False)
+    else:
+        values = getattr(part, '__dict__', {})
     plain = {k: v for k, v in sorted(values.items()) if v is None or isinstance(v, (bool, int, float, str))}
     return f'{name}({", ".join(f"{k}={v!r}" for k, v in plain.items())})'
 
@@ -164,11 +215,14 @@ def describe_part(part) -> str:  # the same text for the same part in another pr
 def load_part(text: str):  # 'module:object', e.g. 'my_module:my_labels'
     "The object of that name; modules of the current folder are found, too. ValueError if there is none."
     module, colon, name = text.partition(':')
-    if not (module and colon and name): raise ValueError(f"a part must be named as module:object, got {text!r}")
-    if '' not in sys.path: sys.path.append('')               # last: a file here never hides an installed module
+    if not (module and colon and name):
+        raise ValueError(f"a part must be named as module:object, got {text!r}")
+    if '' not in sys.path:
+        sys.path.append('')  # last: a file here never hides an installed module
     try:
         part = importlib.import_module(module)
-        for attribute in name.split('.'): part = getattr(part, attribute)
+        for attribute in name.split('.'):
+            part = getattr(part, attribute)
     except (ImportError, AttributeError) as e:
         raise ValueError(f'a part must be an object that can be imported, got {text!r} ({e})') from e
     return part() if isinstance(part, type) and hasattr(part, 'fit_predict') else part
@@ -177,15 +231,19 @@ def load_part(text: str):  # 'module:object', e.g. 'my_module:my_labels'
 @dataclass(frozen=True)
 class Parts:
     "What can be exchanged in a run; None stands for the method's own."
-    label_maker: object = None  # scikit-learn clusterer, or (x, graph, camids, epoch) -> labels (N,) or `PseudoLabels`
-    memory: object = None  # `PseudoLabels` -> nn.Module with forward(z, y, camids), update(z, y, camids), centroids
+
+    # scikit-learn clusterer, or (x, graph, camids, epoch) -> labels (N,) or `PseudoLabels`
+    label_maker: object = None
+    # `PseudoLabels` -> nn.Module with forward(z, y, camids), update(z, y, camids), centroids
+    memory: object = None
     sampler: object = None  # (labels, camids, config, epoch) -> iterator of positions (batch_size,)
     augment: object = None  # (images uint8 (B, 3, H, W), generator) -> float32 (B, 3, H, W)
     loss: object = None  # (z, y, camids, positions) -> scalar, added to the memory's
 
     def __post_init__(self):
         for name, part in vars(self).items():
-            if part is None or callable(part) or name == 'label_maker' and hasattr(part, 'fit_predict'): continue
+            if part is None or callable(part) or name == 'label_maker' and hasattr(part, 'fit_predict'):
+                continue
             wanted = 'a clusterer or a function' if name == 'label_maker' else 'a function'
             raise ValueError(f'{name} must be {wanted}, got {part!r}')
 
@@ -197,7 +255,9 @@ class Parts:
     def or_recipe(self, recipe: str) -> 'Parts':
         "These parts, and for each that is None the one that the recipe names."
         named = Parts.load(**RECIPE_PARTS.get(recipe, {}))
-        return Parts(**{name: getattr(named, name) if part is None else part for name, part in vars(self).items()})
+        return Parts(
+            **{name: getattr(named, name) if part is None else part for name, part in vars(self).items()}
+        )
 
     def describe(self) -> dict:  # part: text
         "The parts that are not the method's own, as `config.json` names them."
@@ -206,21 +266,35 @@ class Parts:
     def filled(self, config: Config) -> 'Parts':
         "The parts that a run works with: these, and the method's own for each that is None."
         labels = MethodLabels(config) if self.label_maker is None else OwnLabels(self.label_maker, config)
-        return Parts(labels, self.memory or partial(make_memory, config=config), self.sampler or epoch_batches,
-                     self.augment or partial(augment, pad=config.pad), self.loss)
+        return Parts(
+            labels,
+            self.memory or partial(make_memory, config=config),
+            self.sampler or epoch_batches,
+            self.augment or partial(augment, pad=config.pad),
+            self.loss,
+        )
 
 # %% ../nbs/08e_parts.ipynb #ac028a85
-def check_same_parts(began: dict, parts: Parts):  # of `Parts.describe`, in config.json; what the run shall go on with
+def check_same_parts(
+    began: dict, parts: Parts
+):  # of `Parts.describe`, in config.json; what the run shall go on with
     "ValueError if a run would go on with other parts than it began with."
     now = parts.describe()
-    other = [f'{name} {began.get(name, "of the method")} there and {now.get(name, "of the method")} here'
-             for name in (f.name for f in fields(Parts)) if began.get(name) != now.get(name)]
-    if other: raise ValueError(f'a run must go on with the parts it began with, got {"; ".join(other)}')
+    other = [
+        f'{name} {began.get(name, "of the method")} there and {now.get(name, "of the method")} here'
+        for name in (f.name for f in fields(Parts))
+        if began.get(name) != now.get(name)
+    ]
+    if other:
+        raise ValueError(f'a run must go on with the parts it began with, got {"; ".join(other)}')
 
 # %% ../nbs/08e_parts.ipynb #64ec272a
-def outliers_as_classes(x, graph, camids, epoch: int) -> np.ndarray:  # embeddings (N, D), Jaccard graph -> labels (N,)
-    "DBSCAN on the Jaccard graph; then every outlier is a class of one image, which the others are contrasted with."
-    labels = DBSCAN(eps=.6, min_samples=4, metric='precomputed').fit_predict(graph)
+def outliers_as_classes(
+    x, graph, camids, epoch: int
+) -> np.ndarray:  # embeddings (N, D), Jaccard graph -> labels (N,)
+    """DBSCAN on the Jaccard graph; then every outlier is a class of one image, which the others are
+    contrasted with."""
+    labels = DBSCAN(eps=0.6, min_samples=4, metric='precomputed').fit_predict(graph)
     outliers = np.flatnonzero(labels < 0)
     labels[outliers] = labels.max() + 1 + np.arange(len(outliers))
     return labels
@@ -230,36 +304,55 @@ def check_labels(made, x) -> PseudoLabels:  # of a label maker, for embeddings (
     "`made` as `PseudoLabels`; ValueError that says what is wrong with it."
     n, d = x.shape
     try:
-        if not isinstance(made, PseudoLabels): return PseudoLabels.from_labels(made, x)
+        if not isinstance(made, PseudoLabels):
+            return PseudoLabels.from_labels(made, x)
         made.check(n)
         k = made.labels.max(initial=-1) + 1
         if np.shape(made.centroids) != (k, d) or not np.isfinite(made.centroids).all():
             raise ValueError(f'centroids must be finite and ({k}, {d}), got shape {np.shape(made.centroids)}')
-    except ValueError as e: raise ValueError(f'the label maker must give labels to train on: {e}') from e
+    except ValueError as e:
+        raise ValueError(f'the label maker must give labels to train on: {e}') from e
     return made
 
 # %% ../nbs/08e_parts.ipynb #c3d8f7e0
 def check_memory(memory, labels: PseudoLabels) -> nn.Module:
     "`memory` as it is; ValueError if it is no memory for these clusters."
     centroids = getattr(memory, 'centroids', None)
-    if not isinstance(memory, nn.Module) or not callable(getattr(memory, 'update', None)) or not torch.is_tensor(centroids):
-        raise ValueError('memory must give an nn.Module with forward(z, y, camids), update(z, y, camids) and '
-                         f'centroids (K, D), got {type(memory).__name__}')
+    if (
+        not isinstance(memory, nn.Module)
+        or not callable(getattr(memory, 'update', None))
+        or not torch.is_tensor(centroids)
+    ):
+        raise ValueError(
+            'memory must give an nn.Module with forward(z, y, camids), update(z, y, camids) and centroids'
+            f' (K, D), got {type(memory).__name__}'
+        )
     if centroids.ndim != 2 or len(centroids) < labels.n_clusters or not bool(centroids.isfinite().all()):
-        raise ValueError(f'memory must have finite centroids (K, D) for {labels.n_clusters} clusters, '
-                         f'got shape {tuple(centroids.shape)}')
+        raise ValueError(
+            f'memory must have finite centroids (K, D) for {labels.n_clusters} clusters, got shape'
+            f' {tuple(centroids.shape)}'
+        )
     return memory
 
 # %% ../nbs/08e_parts.ipynb #d4ab32e6
-def check_batch(batch, labels: np.ndarray, config: Config) -> np.ndarray:  # positions (batch_size,); all labels
+def check_batch(
+    batch, labels: np.ndarray, config: Config
+) -> np.ndarray:  # positions (batch_size,); all labels
     "`batch` as an array; ValueError if it is no batch of images that are in a cluster."
     batch = np.asarray(batch)
     if batch.shape != (config.batch_size,) or batch.dtype.kind not in 'iu':
-        raise ValueError(f'sampler must give integer positions ({config.batch_size},), got {batch.dtype} {batch.shape}')
+        raise ValueError(
+            f'sampler must give integer positions ({config.batch_size},), got {batch.dtype} {batch.shape}'
+        )
     if batch.min() < 0 or batch.max() >= len(labels):
-        raise ValueError(f'sampler must give positions in [0, {len(labels)}), got {batch.min()} to {batch.max()}')
+        raise ValueError(
+            f'sampler must give positions in [0, {len(labels)}), got {batch.min()} to {batch.max()}'
+        )
     outliers = int((labels[batch] < 0).sum())
-    if outliers: raise ValueError(f'sampler must give images that are in a cluster, got {outliers} outliers of {len(batch)}')
+    if outliers:
+        raise ValueError(
+            f'sampler must give images that are in a cluster, got {outliers} outliers of {len(batch)}'
+        )
     return batch
 
 # %% ../nbs/08e_parts.ipynb #0337c027

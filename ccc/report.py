@@ -6,7 +6,6 @@
 __all__ = ['open_run', 'settings_table', 'epochs_table', 'look_inside', 'look_at_clusters', 'write_report']
 
 # %% ../nbs/09a_report.ipynb #6b47c3bf
-import json
 import os
 import sys
 import tempfile
@@ -16,109 +15,221 @@ import numpy as np
 
 from .data import write_file
 from .evolution import History, read_history
-from .viz import _figure, show_clusters
+from .viz import show_clusters
 from .writing import check_free, one_line, plain, seal_page
 
 # %% ../nbs/09a_report.ipynb #92a4c6ff
-def open_run(run,              # folder of a run
-             network: bool = True,  # also its last checkpoint, where there is one
-            ) -> tuple:        # config.json as a dict; `History`; data set or None; trainer or None; lines on what is missing
+def open_run(
+    run,  # folder of a run
+    network: bool = True,  # also its last checkpoint, where there is one
+) -> tuple:  # config.json as a dict; `History`; data set or None; trainer or None; lines on what is missing
     "A run folder as the report sees it. FileNotFoundError for a folder without config.json or labels."
     from ccc.runs import RunFolder
     from ccc.training import Trainer, open_dataset
+
     run = Path(run)
-    if not (run/'config.json').is_file(): raise FileNotFoundError(f'RUN must be the folder of a run with its config.json, got {run}')
+    if not (run / 'config.json').is_file():
+        raise FileNotFoundError(f'RUN must be the folder of a run with its config.json, got {run}')
     told, dataset, trainer, missing = RunFolder(run).metadata, None, None, []
     try:
         dataset = open_dataset(RunFolder(run).config)
-        if dataset.fingerprint() != told['data'].get('fingerprint'): dataset = missing.append('the images have changed since: not shown')
-    except (OSError, ValueError) as e: missing.append(f'the images are not at hand ({e}): no crops, no identities')
+        if dataset.fingerprint() != told['data'].get('fingerprint'):
+            dataset = missing.append('the images have changed since: not shown')
+    except (OSError, ValueError) as e:
+        missing.append(f'the images are not at hand ({e}): no crops, no identities')
     history = read_history(run, None if dataset is None else dataset.train)
     own_parts = RunFolder(run).parts
-    if network and own_parts: missing.append(f'parts of the run\'s own ({", ".join(own_parts)}): no galleries, errors or similarity maps')
-    elif network and dataset is not None and any(RunFolder(run).checkpoint_dir.glob('*.pt')): trainer = Trainer.resume(run, dataset)
-    elif network: missing.append('no checkpoint in the run: no galleries, errors or similarity maps')
-    for known, what in ((history.pids, 'identities: no NMI, purity or right and wrong'), (history.camids, 'cameras: no camera entropy or matrix'), (history.maps, 'maps (the run was trained with maps=False)')):
-        if known is None: missing.append(f'no {what}')
+    if network and own_parts:
+        missing.append(
+            f'parts of the run\'s own ({", ".join(own_parts)}): no galleries, errors or similarity maps'
+        )
+    elif network and dataset is not None and any(RunFolder(run).checkpoint_dir.glob('*.pt')):
+        trainer = Trainer.resume(run, dataset)
+    elif network:
+        missing.append('no checkpoint in the run: no galleries, errors or similarity maps')
+    for known, what in (
+        (history.pids, 'identities: no NMI, purity or right and wrong'),
+        (history.camids, 'cameras: no camera entropy or matrix'),
+        (history.maps, 'maps (the run was trained with maps=False)'),
+    ):
+        if known is None:
+            missing.append(f'no {what}')
     return told, history, dataset, trainer, missing
 
 # %% ../nbs/09a_report.ipynb #3a41eda0
 def settings_table(told: dict) -> str:  # config.json -> Markdown
     "The settings that differ from the published defaults, the data, and the versions."
     from ccc.config import Config, changes
+
     changed = changes(Config(**told['config']))
     lines = [f'| {k} | {plain(v)} |' for k, v in changed.items()] or ['| none | |']
     data, versions = told['data'], told.get('versions') or {}
     sizes = ', '.join(f'{data[k]:,} {k}' for k in ('train', 'query', 'gallery') if k in data)
-    return '\n'.join(['| setting that differs from the published defaults | value |', '|---|---|', *lines, '',
-                      plain(f'Data: {told["config"]["dataset"]}, {sizes}, fingerprint {data.get("fingerprint")}. Seed {told.get("seed")}. Commit {told.get("commit") or "unknown"}. '
-                            f'Device {told.get("device")}, {told.get("processes")} process(es). ' + ', '.join(f'{k} {v}' for k, v in versions.items()) + '.')])
+    return '\n'.join(
+        [
+            '| setting that differs from the published defaults | value |',
+            '|---|---|',
+            *lines,
+            '',
+            plain(
+                f'Data: {told["config"]["dataset"]}, {sizes}, fingerprint {data.get("fingerprint")}. Seed'
+                f' {told.get("seed")}. Commit {told.get("commit") or "unknown"}. Device {told.get("device")},'
+                f' {told.get("processes")} process(es). '
+                + ', '.join(f'{k} {v}' for k, v in versions.items())
+                + '.'
+            ),
+        ]
+    )
+
 
 def epochs_table(rows: list) -> str:  # lines of metrics.jsonl -> Markdown
     "The numbers of all epochs; columns that no epoch has are left out."
-    columns = [('clusters', 'n_clusters', '{:d}'), ('outliers', 'n_outliers', '{:d}'), ('churn', 'churn', '{:.3f}'), ('NMI', 'nmi', '{:.3f}'), ('ARI', 'ari', '{:.3f}'), ('purity', 'purity', '{:.3f}'),
-               ('camera NMI', 'camera_nmi', '{:.3f}'), ('AMI', 'ami', '{:.3f}'), ('camera AMI', 'camera_ami', '{:.3f}'), ('loss', 'loss', '{:.3f}'), ('mAP', 'mAP', '{:.1%}'), ('Rank-1', 'rank1', '{:.1%}')]
+    columns = [
+        ('clusters', 'n_clusters', '{:d}'),
+        ('outliers', 'n_outliers', '{:d}'),
+        ('churn', 'churn', '{:.3f}'),
+        ('NMI', 'nmi', '{:.3f}'),
+        ('ARI', 'ari', '{:.3f}'),
+        ('purity', 'purity', '{:.3f}'),
+        ('camera NMI', 'camera_nmi', '{:.3f}'),
+        ('AMI', 'ami', '{:.3f}'),
+        ('camera AMI', 'camera_ami', '{:.3f}'),
+        ('loss', 'loss', '{:.3f}'),
+        ('mAP', 'mAP', '{:.1%}'),
+        ('Rank-1', 'rank1', '{:.1%}'),
+    ]
     columns = [c for c in columns if any(r.get(c[1]) is not None for r in rows)]
-    lines = ['| ' + ' | '.join([str(r['epoch'] + 1), *('' if r.get(key) is None else form.format(r[key]) for _, key, form in columns), f'{sum(r.get("seconds", {}).values()):.0f}']) + ' |' for r in rows]
-    return '\n'.join(['| epoch | ' + ' | '.join(name for name, _, _ in columns) + ' | seconds |', '|---' * (len(columns) + 2) + '|', *lines])
+    lines = [
+        '| '
+        + ' | '.join(
+            [
+                str(r['epoch'] + 1),
+                *('' if r.get(key) is None else form.format(r[key]) for _, key, form in columns),
+                f'{sum(r.get("seconds", {}).values()):.0f}',
+            ]
+        )
+        + ' |'
+        for r in rows
+    ]
+    return '\n'.join(
+        [
+            '| epoch | ' + ' | '.join(name for name, _, _ in columns) + ' | seconds |',
+            '|---' * (len(columns) + 2) + '|',
+            *lines,
+        ]
+    )
 
 # %% ../nbs/09a_report.ipynb #435e9f45
 def look_inside(trainer) -> dict:  # name -> matplotlib figure
-    "Pictures that need the network: what HDC cuts, CIE and CHD in one batch, galleries, hardest errors, regions that match."
-    import torch
+    """Pictures that need the network: what HDC cuts, CIE and CHD in one batch, galleries, hardest errors,
+    regions that match."""
     from ccc.confidence import plot_chd, plot_cie, plot_discrepancy
     from ccc.hdc import CEILING
     from ccc.training import epoch_batches, make_memory
+
     x, train = trainer.extract(), trainer.dataset.train
     labels, figures = trainer.make_labels(x), {}
-    if (labels.confidence[labels.labels < 0] > 0).any() or labels.n_outliers == 0:     # HDC's; the others have no discrepancy
+    # HDC's; the others have no discrepancy
+    if (labels.confidence[labels.labels < 0] > 0).any() or labels.n_outliers == 0:
         inside = labels.labels >= 0
-        figures['Discrepancy of members (HDC)'] = plot_discrepancy(labels.labels[inside], (1 - labels.confidence[inside]) * CEILING, n_sigma=2, title='members after the cut; beyond two standard deviations, the next candidates')
+        figures['Discrepancy of members (HDC)'] = plot_discrepancy(
+            labels.labels[inside],
+            (1 - labels.confidence[inside]) * CEILING,
+            n_sigma=2,
+            title='members after the cut; beyond two standard deviations, the next candidates',
+        )
     batch = next(iter(epoch_batches(labels.labels, train.camids, trainer.config, trainer.epoch)))
     y, camids = labels.labels[batch], np.maximum(train.camids[batch], 0)
-    if train.has_camids: figures['Cameras in one batch (CIE)'] = plot_cie(y, camids)
+    if train.has_camids:
+        figures['Cameras in one batch (CIE)'] = plot_cie(y, camids)
     centroids = make_memory(labels, trainer.config, 'cpu').centroids.numpy()
     j = max(np.unique(y), key=lambda j: len(np.unique(camids[y == j])))
     at = np.unique(batch[y == j])
-    figures['Which sample updates the memory (CHD)'] = plot_chd(x[at], np.maximum(train.camids[at], 0), centroids[j], [train.image(i) for i in at], f'cluster {j} of that batch')
+    figures['Which sample updates the memory (CHD)'] = plot_chd(
+        x[at],
+        np.maximum(train.camids[at], 0),
+        centroids[j],
+        [train.image(i) for i in at],
+        f'cluster {j} of that batch',
+    )
     return figures | _look_at_gallery(trainer)
 
 # %% ../nbs/09a_report.ipynb #42dc1b43
 def _look_at_gallery(trainer, n=3):
-    "Galleries of some queries, of the hardest, and the regions that speak for the worst error; nothing where no query has a match."
+    """Galleries of some queries, of the hardest, and the regions that speak for the worst error; nothing
+    where no query has a match."""
     from ccc.confidence import show_similarity, similarity_maps
     from ccc.data import normalize
     from ccc.training import can_rank
     from ccc.viz import _ranked, hardest_errors, show_ranking
-    if not can_rank(trainer.dataset): return {}
-    query, gallery, q, g = trainer.dataset.query, trainer.dataset.gallery, trainer.extract('query'), trainer.extract('gallery')
+
+    if not can_rank(trainer.dataset):
+        return {}
+    query, gallery, q, g = (
+        trainer.dataset.query,
+        trainer.dataset.gallery,
+        trainer.extract('query'),
+        trainer.extract('gallery'),
+    )
     some = np.random.default_rng(0).choice(len(query), min(n, len(query)), replace=False)
-    figures = {'Queries drawn at random': show_ranking(query, gallery, 2 - 2 * q[some] @ g.T, some, same_camera=True)}
-    look = np.sort(np.random.default_rng(0).choice(len(query), min(2000, len(query)), replace=False))     # a fair sample of a large set
+    figures = {
+        'Queries drawn at random': show_ranking(query, gallery, 2 - 2 * q[some] @ g.T, some, same_camera=True)
+    }
+    # a fair sample of a large set
+    look = np.sort(np.random.default_rng(0).choice(len(query), min(2000, len(query)), replace=False))
     distmat = 2 - 2 * q[look] @ g.T
     worst, _ = hardest_errors(distmat, query.pids[look], gallery.pids, query.camids[look], gallery.camids, n)
-    if not len(worst): return figures
-    figures['Hardest errors' + (f' among {len(look):,} queries drawn at random' if len(look) < len(query) else '')] = show_ranking(query, gallery, distmat[worst], look[worst], same_camera=True)
+    if not len(worst):
+        return figures
+    figures[
+        'Hardest errors' + (f' among {len(look):,} queries drawn at random' if len(look) < len(query) else '')
+    ] = show_ranking(query, gallery, distmat[worst], look[worst], same_camera=True)
     i, w = look[worst[0]], worst[0]
     order, _ = _ranked(distmat[w], i, query.pids, gallery.pids, query.camids, gallery.camids)
-    found = [('found, wrong', order[gallery.pids[order] != query.pids[i]][0]), ('the right one', order[gallery.pids[order] == query.pids[i]][0])]
-    one = lambda split, k: normalize(trainer.images(split)[k:k + 1].to('cpu'))[0]
+    found = [
+        ('found, wrong', order[gallery.pids[order] != query.pids[i]][0]),
+        ('the right one', order[gallery.pids[order] == query.pids[i]][0]),
+    ]
+    one = lambda split, k: normalize(trainer.images(split)[k : k + 1].to('cpu'))[0]
     net = trainer.net.to('cpu')
-    figures['Regions that match, in the hardest error'] = show_similarity([(query.image(i), gallery.image(j)) for _, j in found], [similarity_maps(net, one('query', i), one('gallery', j)) for _, j in found], [name for name, _ in found])
+    figures['Regions that match, in the hardest error'] = show_similarity(
+        [(query.image(i), gallery.image(j)) for _, j in found],
+        [similarity_maps(net, one('query', i), one('gallery', j)) for _, j in found],
+        [name for name, _ in found],
+    )
     net.to(trainer.engine.device)
     return figures
 
 # %% ../nbs/09a_report.ipynb #29149201
 def look_at_clusters(history: History) -> dict:  # name -> matplotlib figure; empty without images
-    "Clusters of the first and last epoch, surest to least sure, and the worst of the last: least pure where identities are known, else least sure."
-    if history.split is None or not hasattr(history.split, 'image'): return {}
-    figures = {f'Clusters of epoch {history.epochs[e] + 1}': show_clusters(history.split, history.labels[e], history.confidence[e], n_clusters=5) for e in sorted({0, len(history.epochs) - 1})}
+    """Clusters of the first and last epoch, surest to least sure, and the worst of the last: least pure
+    where identities are known, else least sure."""
+    if history.split is None or not hasattr(history.split, 'image'):
+        return {}
+    figures = {
+        f'Clusters of epoch {history.epochs[e] + 1}': show_clusters(
+            history.split, history.labels[e], history.confidence[e], n_clusters=5
+        )
+        for e in sorted({0, len(history.epochs) - 1})
+    }
     labels = history.labels[-1]
     ids = np.unique(labels[labels >= 0])
-    if not len(ids): return figures
-    if history.pids is None: score, what = (lambda j: history.confidence[-1][labels == j].mean()), 'least sure'
-    else: score, what = (lambda j: np.unique(history.pids[labels == j], return_counts=True)[1].max() / (labels == j).sum()), 'least pure'
-    figures[f'The three {what} clusters of the last epoch'] = show_clusters(history.split, labels, history.confidence[-1], clusters=sorted(ids, key=score)[:3])
+    if not len(ids):
+        return figures
+    if history.pids is None:
+        score, what = (lambda j: history.confidence[-1][labels == j].mean()), 'least sure'
+    else:
+        score, what = (
+            (
+                lambda j: (
+                    np.unique(history.pids[labels == j], return_counts=True)[1].max() / (labels == j).sum()
+                )
+            ),
+            'least pure',
+        )
+    figures[f'The three {what} clusters of the last epoch'] = show_clusters(
+        history.split, labels, history.confidence[-1], clusters=sorted(ids, key=score)[:3]
+    )
     return figures
 
 # %% ../nbs/09a_report.ipynb #77015b9e
@@ -126,62 +237,128 @@ def _notebook(run, network):
     "The template with the run's folder put in front: its name is a string there, and nothing of it is code."
     import nbformat
     from importlib.resources import files
-    notebook = nbformat.reads((files('ccc')/'report.ipynb').read_text(encoding='utf-8'), 4)
-    notebook.cells.insert(0, nbformat.v4.new_code_cell(f'import os\nRUN, NETWORK = {str(run)!r}, {network!r}\nos.chdir({os.getcwd()!r})'))     # where relative paths of its settings start
+
+    notebook = nbformat.reads((files('ccc') / 'report.ipynb').read_text(encoding='utf-8'), 4)
+    # where relative paths of its settings start
+    notebook.cells.insert(
+        0,
+        nbformat.v4.new_code_cell(
+            f'import os\nRUN, NETWORK = {str(run)!r}, {network!r}\nos.chdir({os.getcwd()!r})'
+        ),
+    )
     return notebook
+
 
 def _offline(exporter):
     "The exporter without anything fetched from elsewhere."
-    for name in ('require_js_url', 'jquery_url', 'mathjax_url', 'mermaid_js_url', 'jupyter_widgets_base_url', 'widget_renderer_url', 'html_manager_semver_range'):
-        if exporter.has_trait(name): setattr(exporter, name, '')
+    for name in (
+        'require_js_url',
+        'jquery_url',
+        'mathjax_url',
+        'mermaid_js_url',
+        'jupyter_widgets_base_url',
+        'widget_renderer_url',
+        'html_manager_semver_range',
+    ):
+        if exporter.has_trait(name):
+            setattr(exporter, name, '')
     return exporter
 
 # %% ../nbs/09a_report.ipynb #isolate1
 def _import_paths():
-    "Where this process imports from, without its working folder: files that lie there by chance are no modules."
+    """Where this process imports from, without its working folder: files that lie there by chance are no
+    modules."""
     import ccc
+
     here, source = Path.cwd(), Path(ccc.__file__).parents[1]
-    return [str(Path(p or here).absolute()) for p in sys.path if Path(p or here).absolute() != here or here == source]
+    return [
+        str(Path(p or here).absolute())
+        for p in sys.path
+        if Path(p or here).absolute() != here or here == source
+    ]
+
 
 def _isolated_client(notebook, folder):  # an empty one
     "A client whose kernel starts in `folder` and imports nothing from there."
     from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
     from jupyter_client.manager import AsyncKernelManager
     from nbclient import NotebookClient
-    start = f'import sys; sys.path[:] = {_import_paths()!r}; from ipykernel.kernelapp import launch_new_instance; launch_new_instance()'
-    spec = KernelSpec(argv=[sys.executable, '-c', start, '-f', '{connection_file}', '--IPKernelApp.ignore_cwd=True', '--log-level=ERROR'],
-                      language='python', display_name='ccc report', env=dict(IPYTHONDIR=folder, PYTHONSTARTUP='', PYTHONSAFEPATH='1'))
+
+    start = (
+        f'import sys; sys.path[:] = {_import_paths()!r}; from ipykernel.kernelapp import launch_new_instance;'
+        ' launch_new_instance()'
+    )
+    spec = KernelSpec(
+        argv=[
+            sys.executable,
+            '-c',
+            start,
+            '-f',
+            '{connection_file}',
+            '--IPKernelApp.ignore_cwd=True',
+            '--log-level=ERROR',
+        ],
+        language='python',
+        display_name='ccc report',
+        env=dict(IPYTHONDIR=folder, PYTHONSTARTUP='', PYTHONSAFEPATH='1'),
+    )
+
     class Ours(KernelSpecManager):
-        def get_kernel_spec(self, name): return spec
+        def get_kernel_spec(self, name):
+            return spec
+
     kernel = AsyncKernelManager(kernel_name='ccc-report', kernel_spec_manager=Ours())
-    return NotebookClient(notebook, km=kernel, timeout=None, store_widget_state=False, resources={'metadata': {'path': folder}})
+    return NotebookClient(
+        notebook, km=kernel, timeout=None, store_widget_state=False, resources={'metadata': {'path': folder}}
+    )
 
 # %% ../nbs/09a_report.ipynb #3ce1e49d
 def _execute(notebook):
     "Runs the template; the first error as one line."
     from nbclient.exceptions import CellExecutionError, DeadKernelError
+
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        try: _isolated_client(notebook, folder).execute()
-        except CellExecutionError as e: raise ValueError(f'the report cannot be made of this run, got {e.ename}: {one_line(e.evalue)}') from e
-        except DeadKernelError as e: raise MemoryError('the process that draws the report was ended by the system, most likely for want of memory; network=False needs less') from e
+        try:
+            _isolated_client(notebook, folder).execute()
+        except CellExecutionError as e:
+            raise ValueError(
+                f'the report cannot be made of this run, got {e.ename}: {one_line(e.evalue)}'
+            ) from e
+        except DeadKernelError as e:
+            raise MemoryError(
+                'the process that draws the report was ended by the system, most likely for want of memory;'
+                ' network=False needs less'
+            ) from e
 
 # %% ../nbs/09a_report.ipynb #writerep
-def write_report(run,           # folder of a run
-                 out=None,      # the HTML file; None: report.html in the run's folder
-                 network: bool = True,  # with the pictures that need the last weights (embeds the training, query and gallery images once)
-                 force: bool = False,  # replace a file that is not ours
-                ) -> Path:      # the file
-    "Runs the template notebook on a run and writes one HTML file. FileNotFoundError for what is no run; ImportError says how to get nbconvert; OSError for a file that is not ours."
+def write_report(
+    run,  # folder of a run
+    out=None,  # the HTML file; None: report.html in the run's folder
+    network: bool = True,  # with the pictures that need the last weights (embeds the training, query and gallery images once)
+    force: bool = False,  # replace a file that is not ours
+) -> Path:  # the file
+    """Runs the template notebook on a run and writes one HTML file. FileNotFoundError for what is no run;
+    ImportError says how to get nbconvert; OSError for a file that is not ours."""
     run = Path(run).resolve()
-    if not (run/'config.json').is_file(): raise FileNotFoundError(f'RUN must be the folder of a run with its config.json, got {run}')
-    try: import ipykernel, nbclient, nbconvert
-    except ImportError as e: raise ImportError(f"ccc report needs `pip install 'ccc-reid[notebook]'` ({e.name} is missing)") from e
-    out = Path(out).expanduser() if out else run/'report.html'
+    if not (run / 'config.json').is_file():
+        raise FileNotFoundError(f'RUN must be the folder of a run with its config.json, got {run}')
+    try:
+        import ipykernel  # noqa: F401
+        import nbclient  # noqa: F401
+        import nbconvert
+    except ImportError as e:
+        raise ImportError(f"ccc report needs `pip install 'ccc-reid[notebook]'` ({e.name} is missing)") from e
+    out = Path(out).expanduser() if out else run / 'report.html'
     check_free(out, force=force)
     notebook = _notebook(run, network)
     _execute(notebook)
-    exporter = _offline(nbconvert.HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True, embed_images=True))
-    title = one_line(f'{run.name} · ccc report').translate(dict.fromkeys(map(ord, '<>&"')))       # some versions of nbconvert escape it, some do not
+    exporter = _offline(
+        nbconvert.HTMLExporter(
+            exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True, embed_images=True
+        )
+    )
+    # some versions of nbconvert escape it, some do not
+    title = one_line(f'{run.name} · ccc report').translate(dict.fromkeys(map(ord, '<>&"')))
     text, _ = exporter.from_notebook_node(notebook, dict(metadata=dict(name=title)))
     write_file(out, lambda f: f.write(seal_page(text)))
     return out

@@ -33,104 +33,186 @@ from .labels import PseudoLabels
 def new_run(config: Config) -> Path:  # `log_dir`, `recipe`, `seed`
     "A new empty folder for a run; OSError with the setting's name if it cannot be made."
     name = f'{config.recipe or f"{config.dataset}-{config.clustering}"}-seed{config.seed}'
-    try: run = free_folder(Path(config.log_dir).expanduser() / name)
-    except OSError as e: raise OSError(e.errno, f'log_dir must be a folder that can be written, got {config.log_dir} ({e.strerror})') from e
-    for part in ('labels', 'checkpoints', 'figures'): (run / part).mkdir()
+    try:
+        run = free_folder(Path(config.log_dir).expanduser() / name)
+    except OSError as e:
+        raise OSError(
+            e.errno, f'log_dir must be a folder that can be written, got {config.log_dir} ({e.strerror})'
+        ) from e
+    for part in ('labels', 'checkpoints', 'figures'):
+        (run / part).mkdir()
     return run
+
 
 def free_folder(path: Path) -> Path:
     "A new empty folder of this name, or of this name and a number if it is taken."
     for n in range(1, 10_000):
         folder = path if n == 1 else path.with_name(f'{path.name}-{n}')
-        try: folder.mkdir(parents=True)
-        except FileExistsError: continue
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
         return folder
     raise ValueError(f'{path.parent} must have room for one more folder named {path.name}, got {n} of them')
 
 # %% ../nbs/08d_runs.ipynb #f196f964
 def read_metrics(run) -> list:  # folder of a run -> its rows, a dict an epoch
-    "The rows of `metrics.jsonl`; none if the run has not finished an epoch. A last line cut short by a crash is left out; ValueError for any other line that is no row."
+    """The rows of `metrics.jsonl`; none if the run has not finished an epoch. A last line cut short by a
+    crash is left out; ValueError for any other line that is no row."""
     path = Path(run) / 'metrics.jsonl'
-    if not path.exists(): return []
-    try: lines = path.read_text(encoding='utf-8', errors='replace').splitlines()
-    except OSError as e: raise ValueError(f'{path} must be a file with a row a line, got {e.strerror}') from e
+    if not path.exists():
+        return []
+    try:
+        lines = path.read_text(encoding='utf-8', errors='replace').splitlines()
+    except OSError as e:
+        raise ValueError(f'{path} must be a file with a row a line, got {e.strerror}') from e
     rows = [_row(line) for line in lines]
-    if rows and rows[-1] is None: rows.pop()
-    if None in rows: raise ValueError(f'{path} must hold an epoch a line, got line {rows.index(None) + 1}: {lines[rows.index(None)][:60]!r}')
+    if rows and rows[-1] is None:
+        rows.pop()
+    if None in rows:
+        raise ValueError(
+            f'{path} must hold an epoch a line, got line {rows.index(None) + 1}:'
+            f' {lines[rows.index(None)][:60]!r}'
+        )
     return rows
+
 
 def _row(line):
     "A line of `metrics.jsonl` as a dict; None if it is no row of an epoch."
-    try: row = json.loads(line)
-    except (ValueError, RecursionError): return None
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
     return row if isinstance(row, dict) and isinstance(row.get('epoch'), int) else None
+
 
 def write_metrics(run, rows):  # folder, list of dicts
     "Writes `metrics.jsonl` anew."
-    write_file(Path(run) / 'metrics.jsonl', lambda f: f.write(''.join(json.dumps(r) + '\n' for r in rows).encode()))
+    write_file(
+        Path(run) / 'metrics.jsonl', lambda f: f.write(''.join(json.dumps(r) + '\n' for r in rows).encode())
+    )
 
 # %% ../nbs/08d_runs.ipynb #8e5e84d5
 def _commit():
-    "The commit of the source tree that `ccc` is imported from, with '+' if it was changed since; None outside git."
-    git = lambda *args: subprocess.run(['git', '-C', str(Path(__file__).parent), *args], capture_output=True, text=True, timeout=10)
+    """The commit of the source tree that `ccc` is imported from, with '+' if it was changed since; None
+    outside git."""
+    git = lambda *args: subprocess.run(
+        ['git', '-C', str(Path(__file__).parent), *args], capture_output=True, text=True, timeout=10
+    )
     try:
         head = git('rev-parse', 'HEAD')
-        return head.stdout.strip() + ('+' if git('status', '--porcelain', '-uno').stdout else '') if head.returncode == 0 else None
-    except (OSError, subprocess.SubprocessError, NameError): return None
+        return (
+            head.stdout.strip() + ('+' if git('status', '--porcelain', '-uno').stdout else '')
+            if head.returncode == 0
+            else None
+        )
+    except (OSError, subprocess.SubprocessError, NameError):
+        return None
+
 
 def _version(package):
-    try: return version(package)
-    except PackageNotFoundError: return None
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
-def _device_name(device): return torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.processor() or platform.machine()
+
+def _device_name(device):
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == 'cuda'
+        else platform.processor() or platform.machine()
+    )
 
 # %% ../nbs/08d_runs.ipynb #3697ac55
-def describe_run(config: Config, dataset, engine,
-                 parts: dict | None = None,  # those that are not the method's own, as of `ccc.parts.Parts.describe`
-                ) -> dict:  # what config.json holds
+def describe_run(
+    config: Config,
+    dataset,
+    engine,
+    parts: dict | None = None,  # those that are not the method's own, as of `ccc.parts.Parts.describe`
+) -> dict:  # what config.json holds
     "Everything needed to repeat a run, and to see why a repetition differs."
-    packages = 'ccc-reid torch torchvision numpy scipy scikit-learn accelerate umap-learn faiss-gpu faiss-cpu timm pillow'.split()
+    packages = (
+        'ccc-reid torch torchvision numpy scipy scikit-learn accelerate umap-learn faiss-gpu faiss-cpu timm'
+        ' pillow'.split()
+    )
     versions = {p: _version(p) for p in packages}
     splits = {n: len(getattr(dataset, n)) for n in ('train', 'query', 'gallery')}
-    return dict(config=asdict(config), seed=config.seed, numerics=NUMERICS, commit=_commit(), data=dict(fingerprint=dataset.fingerprint(), **splits),
-                versions=dict(python=platform.python_version(), **{p: v for p, v in versions.items() if v}),
-                parts=parts or {},
-                device=engine.device.type, device_name=_device_name(engine.device), processes=engine.num_processes, arithmetic=arithmetic(config, engine.device),
-                leaves_recipe=departures(config), what_varies=what_varies(config, engine))
+    return dict(
+        config=asdict(config),
+        seed=config.seed,
+        numerics=NUMERICS,
+        commit=_commit(),
+        data=dict(fingerprint=dataset.fingerprint(), **splits),
+        versions=dict(python=platform.python_version(), **{p: v for p, v in versions.items() if v}),
+        parts=parts or {},
+        device=engine.device.type,
+        device_name=_device_name(engine.device),
+        processes=engine.num_processes,
+        arithmetic=arithmetic(config, engine.device),
+        leaves_recipe=departures(config),
+        what_varies=what_varies(config, engine),
+    )
 
 # %% ../nbs/08d_runs.ipynb #0cbe8352
-def read_arrays(path: Path,  # labels/epoch_….npz of a run
-                n: int | None = None,  # images that the run labels; None: as many as there are labels
-               ) -> dict:  # name: array
-    "The arrays of a label file. Their sizes are looked at before they are read; ValueError for a file that is damaged or of other images."
+def read_arrays(
+    path: Path,  # labels/epoch_….npz of a run
+    n: int | None = None,  # images that the run labels; None: as many as there are labels
+) -> dict:  # name: array
+    """The arrays of a label file. Their sizes are looked at before they are read; ValueError for a file
+    that is damaged or of other images."""
     shapes = dict(labels=1, confidence=1, map=2, map_index=1, camids=1)
     try:
         with zipfile.ZipFile(path) as archive:
             headers = {Path(info.filename).stem: _header(archive, info) for info in archive.infolist()}
-            if n is None: n = headers['labels'][0][0]
+            if n is None:
+                n = headers['labels'][0][0]
             for name, (shape, dtype) in headers.items():
-                rows = {'labels': shape[0] == n, 'confidence': shape[0] == n}.get(name, shape[0] <= n) if shape else False
-                if len(shape) != shapes.get(name) or not rows or shape[1:] not in ((), (2,)) or dtype.kind not in 'iuf':
+                rows = (
+                    {'labels': shape[0] == n, 'confidence': shape[0] == n}.get(name, shape[0] <= n)
+                    if shape
+                    else False
+                )
+                if (
+                    len(shape) != shapes.get(name)
+                    or not rows
+                    or shape[1:] not in ((), (2,))
+                    or dtype.kind not in 'iuf'
+                ):
                     raise ValueError(f'{name} has shape {shape} and type {dtype}, for {n} images')
-        with np.load(path) as arrays: content = dict(arrays)
-    except FileNotFoundError: raise
-    except Exception as e: raise ValueError(f'{path} must hold labels and confidence of {n} images, got {type(e).__name__}: {e}') from e
-    if not {'labels', 'confidence'} <= content.keys(): raise ValueError(f'{path} must hold labels and confidence, got {sorted(content)}')
-    if 'map_index' in content and not (content['map_index'] < n).all(): raise ValueError(f'{path}: map_index must lie below {n}, got {content["map_index"].max()}')
+        with np.load(path) as arrays:
+            content = dict(arrays)
+    except FileNotFoundError:
+        raise
+    except Exception as e:
+        raise ValueError(
+            f'{path} must hold labels and confidence of {n} images, got {type(e).__name__}: {e}'
+        ) from e
+    if not {'labels', 'confidence'} <= content.keys():
+        raise ValueError(f'{path} must hold labels and confidence, got {sorted(content)}')
+    if 'map_index' in content and not (content['map_index'] < n).all():
+        raise ValueError(f'{path}: map_index must lie below {n}, got {content["map_index"].max()}')
     return content
 
+
 def _header(archive, info):
-    "Shape and type of the array in a member of an .npz file, without its numbers; ValueError if the member is too short for them."
+    """Shape and type of the array in a member of an .npz file, without its numbers; ValueError if the
+    member is too short for them."""
     from numpy.lib import format as npy
+
     with archive.open(info) as file:
         version = npy.read_magic(file)
-        shape, _, dtype = npy.read_array_header_1_0(file) if version == (1, 0) else npy.read_array_header_2_0(file)
-    if math.prod(shape) * dtype.itemsize > info.file_size: raise ValueError(f'{info.filename} claims shape {shape} in {info.file_size:,} bytes')
+        shape, _, dtype = (
+            npy.read_array_header_1_0(file) if version == (1, 0) else npy.read_array_header_2_0(file)
+        )
+    if math.prod(shape) * dtype.itemsize > info.file_size:
+        raise ValueError(f'{info.filename} claims shape {shape} in {info.file_size:,} bytes')
     return shape, dtype
 
 # %% ../nbs/08d_runs.ipynb #676064f9
 class RunFolder:
     "A run on disk. The one reader of its files: each that is damaged is a ValueError that names it."
+
     def __init__(self, path):  # folder of a run
         self.path = Path(path)
 
@@ -138,45 +220,61 @@ class RunFolder:
     def metadata(self) -> dict:
         "The content of `config.json`: settings, data, versions, and what else `describe_run` says."
         file = self.path / 'config.json'
-        if not file.is_file(): raise ValueError(f'RUN must be the folder of a run with its config.json, got {self.path}')
-        try: content = json.loads(file.read_text(encoding='utf-8'))
-        except (ValueError, RecursionError, OSError) as e: raise ValueError(f'{file} must hold JSON, got {type(e).__name__}: {e}') from e
+        if not file.is_file():
+            raise ValueError(f'RUN must be the folder of a run with its config.json, got {self.path}')
+        try:
+            content = json.loads(file.read_text(encoding='utf-8'))
+        except (ValueError, RecursionError, OSError) as e:
+            raise ValueError(f'{file} must hold JSON, got {type(e).__name__}: {e}') from e
         for key in ('config', 'data'):
             if not isinstance(content, dict) or not isinstance(content.get(key), dict):
-                raise ValueError(f'{file} must hold an object with an object {key!r}, got {str(content)[:80]!r}')
+                raise ValueError(
+                    f'{file} must hold an object with an object {key!r}, got {str(content)[:80]!r}'
+                )
         return content
 
     @property
     def config(self) -> Config:
         "The settings of the run."
         settings = self.metadata['config']
-        try: return Config(**settings)
+        try:
+            return Config(**settings)
         except (TypeError, ValueError) as e:
-            raise ValueError(f'{self.path / "config.json"} must hold the settings of a run of this version, got {type(e).__name__}: {e}') from e
+            raise ValueError(
+                f'{self.path / "config.json"} must hold the settings of a run of this version, got'
+                f' {type(e).__name__}: {e}'
+            ) from e
 
     @property
     def parts(self) -> dict:  # part: text
         "The parts that are not the method's own, as of `ccc.parts.Parts.describe`."
         parts = self.metadata.get('parts', {})
-        if not isinstance(parts, dict): raise ValueError(f'{self.path / "config.json"} must hold an object of parts, got {parts!r}')
+        if not isinstance(parts, dict):
+            raise ValueError(f'{self.path / "config.json"} must hold an object of parts, got {parts!r}')
         return parts
 
     @property
     def n_images(self) -> int:
         "How many training images the run labels."
         n = self.metadata['data'].get('train')
-        if not isinstance(n, int) or n < 0: raise ValueError(f'{self.path / "config.json"} must hold the number of training images, got {n!r}')
+        if not isinstance(n, int) or n < 0:
+            raise ValueError(
+                f'{self.path / "config.json"} must hold the number of training images, got {n!r}'
+            )
         return n
 
     @property
-    def rows(self) -> list: return read_metrics(self.path)
+    def rows(self) -> list:
+        return read_metrics(self.path)
 
     @property
     def epochs(self) -> list:
         "The epochs whose labels are there, ascending, from 0."
         return sorted(int(p.stem[6:]) for p in self.path.glob('labels/epoch_*.npz') if p.stem[6:].isdecimal())
 
-    def labels(self, epoch: int) -> dict:  # labels, confidence (N,), perhaps map (M, 2), map_index and camids (M,)
+    def labels(
+        self, epoch: int
+    ) -> dict:  # labels, confidence (N,), perhaps map (M, 2), map_index and camids (M,)
         "What was kept of an epoch's labels."
         return read_arrays(self.path / 'labels' / f'epoch_{epoch:03d}.npz', self.n_images)
 
@@ -187,17 +285,27 @@ class RunFolder:
 
     def checkpoints_under(self, ckpt_dir: str) -> Path:
         "Where checkpoints are if the setting `ckpt_dir` is this."
-        if ckpt_dir == 'ckpt': return self.path / 'checkpoints'
-        name = self.metadata.get('checkpoints') or self.path.name        # runs of an earlier version say no name
-        if not isinstance(name, str) or Path(name).name != name: raise ValueError(f'checkpoints must be the name of a folder, got {name!r} in {self.path / "config.json"}')
+        if ckpt_dir == 'ckpt':
+            return self.path / 'checkpoints'
+        name = self.metadata.get('checkpoints') or self.path.name  # runs of an earlier version say no name
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ValueError(
+                f'checkpoints must be the name of a folder, got {name!r} in {self.path / "config.json"}'
+            )
         return Path(ckpt_dir).expanduser() / name
 
     def begin(self, metadata: dict):  # of `describe_run`
-        "Makes a place for checkpoints that no other run has, and writes `config.json` last: a folder without it is no run."
+        """Makes a place for checkpoints that no other run has, and writes `config.json` last: a folder
+        without it is no run."""
         ckpt_dir = metadata['config']['ckpt_dir']
-        place = self.path / 'checkpoints' if ckpt_dir == 'ckpt' else free_folder(Path(ckpt_dir).expanduser() / self.path.name)
+        place = (
+            self.path / 'checkpoints'
+            if ckpt_dir == 'ckpt'
+            else free_folder(Path(ckpt_dir).expanduser() / self.path.name)
+        )
         place.mkdir(parents=True, exist_ok=True)
-        write_file(place / 'probe', lambda f: f.write(b'a folder that can be written'))     # now rather than after the first epoch
+        # now rather than after the first epoch
+        write_file(place / 'probe', lambda f: f.write(b'a folder that can be written'))
         (place / 'probe').unlink()
         self.write_metadata(metadata | dict(checkpoints=place.name))
 
@@ -205,16 +313,21 @@ class RunFolder:
         "Writes `config.json` anew."
         write_file(self.path / 'config.json', lambda f: f.write(json.dumps(metadata, indent=1).encode()))
 
-    def record(self, row: dict, arrays: dict):  # of metrics.jsonl; labels, confidence, perhaps map, map_index and camids
+    def record(
+        self, row: dict, arrays: dict
+    ):  # of metrics.jsonl; labels, confidence, perhaps map, map_index and camids
         "Keeps an epoch: its labels, then its line."
         path = self.path / 'labels' / f'epoch_{row["epoch"]:03d}.npz'
         write_file(path, lambda f: np.savez_compressed(f, **arrays))
         write_metrics(self.path, [*self.rows, row])
 
-    def labels_and_map(self, epoch: int, n: int) -> tuple:  # images -> `PseudoLabels` without centroids, map; None where there is none
+    def labels_and_map(
+        self, epoch: int, n: int
+    ) -> tuple:  # images -> `PseudoLabels` without centroids, map; None where there is none
         "What the folder holds of an epoch, for a run that goes on after it."
         path = self.path / 'labels' / f'epoch_{epoch:03d}.npz'
-        if not path.exists(): return None, None
+        if not path.exists():
+            return None, None
         arrays = read_arrays(path, n)
         return PseudoLabels(arrays['labels'], arrays['confidence'], None), arrays.get('map')
 
@@ -223,83 +336,141 @@ class RunFolder:
         name = f'epoch_{epoch:03d}_step_{step:05d}' if step else f'epoch_{epoch - 1:03d}'
         return self.checkpoints_under(ckpt_dir) / f'{name}.pt'
 
-    def save(self, path: Path, content: dict,  # of `checkpoint_path`; as of `read_checkpoint`
-             keep_evaluated: bool = False):  # keep the checkpoint of every evaluated epoch
-        "Writes a checkpoint; the best one a second time as best.pt. Keeps the last two, and drops the others."
+    def save(
+        self,
+        path: Path,
+        content: dict,  # of `checkpoint_path`; as of `read_checkpoint`
+        keep_evaluated: bool = False,  # keep the checkpoint of every evaluated epoch
+    ):
+        """Writes a checkpoint; the best one a second time as best.pt. Keeps the last two, and drops the
+        others."""
         scores = {r['epoch']: r['mAP'] for r in self.rows if 'mAP' in r}
         epochs, steps = progress(path)
-        if not steps and scores and max(scores, key=scores.get) == epochs - 1: write_checkpoint(path.with_name('best.pt'), content)
+        if not steps and scores and max(scores, key=scores.get) == epochs - 1:
+            write_checkpoint(path.with_name('best.pt'), content)
         write_checkpoint(path, content)
         paths = checkpoints(path.parent)
         whole = [p for p in paths if progress(p)[1] == 0]
         evaluated = [p for p in whole if keep_evaluated and progress(p)[0] - 1 in scores]
-        for old in set(paths) - {*whole[-2:], *evaluated, paths[-1]}: drop_checkpoint(old)
+        for old in set(paths) - {*whole[-2:], *evaluated, paths[-1]}:
+            drop_checkpoint(old)
 
-    def checkpoint(self, ckpt_dir: str, which: str = 'last') -> dict | None:  # last or best; None if there is none
+    def checkpoint(
+        self, ckpt_dir: str, which: str = 'last'
+    ) -> dict | None:  # last or best; None if there is none
         "The content of a checkpoint; looked for where the run put it if `ckpt_dir` has none."
         folder = self.checkpoint_dir
-        if not checkpoints(folder): folder = self.checkpoints_under(ckpt_dir)         # they were moved there
+        if not checkpoints(folder):
+            folder = self.checkpoints_under(ckpt_dir)  # they were moved there
         return read_checkpoint(folder / 'best.pt') if which == 'best' else newest_checkpoint(folder)
 
-    def go_on(self, config: Config, epoch: int, saved: tuple):  # settings from now on; epochs done; (epochs, steps) of the state in memory
-        "Notes changed settings; cuts lines and sets aside checkpoints that come after the state in memory: their epochs are done again, or they could not be read."
+    def go_on(
+        self, config: Config, epoch: int, saved: tuple
+    ):  # settings from now on; epochs done; (epochs, steps) of the state in memory
+        """Notes changed settings; cuts lines and sets aside checkpoints that come after the state in
+        memory: their epochs are done again, or they could not be read."""
         self.change(config, epoch)
         folder = self.checkpoints_under(config.ckpt_dir)
         folder.mkdir(parents=True, exist_ok=True)
         write_metrics(self.path, [r for r in self.rows if r['epoch'] < epoch])
         for path in checkpoints(folder):
-            if progress(path) > saved: path.rename(path.with_suffix('.pt.set_aside'))
+            if progress(path) > saved:
+                path.rename(path.with_suffix('.pt.set_aside'))
 
     def change(self, config: Config, epoch: int):  # settings from now on; epochs done
         "Notes that the run goes on under other settings, none of which decides its weights."
         metadata = self.metadata
         changed = {n: v for n, v in asdict(config).items() if metadata['config'].get(n) != v}
-        if not changed: return
-        if 'ckpt_dir' in changed and config.ckpt_dir != 'ckpt' and not checkpoints(self.checkpoints_under(config.ckpt_dir)):
+        if not changed:
+            return
+        if (
+            'ckpt_dir' in changed
+            and config.ckpt_dir != 'ckpt'
+            and not checkpoints(self.checkpoints_under(config.ckpt_dir))
+        ):
             metadata['checkpoints'] = free_folder(Path(config.ckpt_dir).expanduser() / self.path.name).name
         entry = dict(epoch=epoch, commit=_commit(), numerics=NUMERICS, settings=changed)
-        self.write_metadata(metadata | dict(config=asdict(config), resumed=[*metadata.get('resumed', []), entry]))
+        self.write_metadata(
+            metadata | dict(config=asdict(config), resumed=[*metadata.get('resumed', []), entry])
+        )
 
 # %% ../nbs/08d_runs.ipynb #894b940a
 def _cell(key, form, scale=1):
     "How a number of a row is shown; blank where it is not known."
-    def show(row): return '' if (value := {**row, **row.get('speed', {})}.get(key)) is None else format(scale * value, form)
+
+    def show(row):
+        return (
+            '' if (value := {**row, **row.get('speed', {})}.get(key)) is None else format(scale * value, form)
+        )
+
     return show
-_columns = [('clusters', 9, _cell('n_clusters', 'd')), ('outliers', 9, _cell('n_outliers', 'd')), ('churn', 7, _cell('churn', '.3f')), ('silh.', 7, _cell('silhouette', '.3f')),
-            ('NMI ids', 9, _cell('nmi', '.3f')), ('NMI cams', 10, _cell('camera_nmi', '.3f')), ('loss', 7, _cell('loss', '.3f')), ('mAP', 7, _cell('mAP', '.1f', 100)), ('Rank-1', 7, _cell('rank1', '.1f', 100)),
-            ('images/s', 9, _cell('images_per_second', '.0f'))]
+
+
+_columns = [
+    ('clusters', 9, _cell('n_clusters', 'd')),
+    ('outliers', 9, _cell('n_outliers', 'd')),
+    ('churn', 7, _cell('churn', '.3f')),
+    ('silh.', 7, _cell('silhouette', '.3f')),
+    ('NMI ids', 9, _cell('nmi', '.3f')),
+    ('NMI cams', 10, _cell('camera_nmi', '.3f')),
+    ('loss', 7, _cell('loss', '.3f')),
+    ('mAP', 7, _cell('mAP', '.1f', 100)),
+    ('Rank-1', 7, _cell('rank1', '.1f', 100)),
+    ('images/s', 9, _cell('images_per_second', '.0f')),
+]
 
 # %% ../nbs/08d_runs.ipynb #88694cb5
 def table_head() -> str:
-    "The line above the table of epochs: churn and silhouette of the labels, NMI with identities and with cameras, mAP and Rank-1 in percent, images a second in training."
+    """The line above the table of epochs: churn and silhouette of the labels, NMI with identities and with
+    cameras, mAP and Rank-1 in percent, images a second in training."""
     return f'{"epoch":>8}' + ''.join(f'{name:>{w}}' for name, w, _ in _columns) + '   seconds'
 
-def table_line(row: dict,  # of `metrics.jsonl`
-               num_epochs: int) -> str:  # of the run
+
+def table_line(
+    row: dict,  # of `metrics.jsonl`
+    num_epochs: int,
+) -> str:  # of the run
     "One epoch as a line of the table."
-    count, spent = f'{row["epoch"] + 1}/{num_epochs}', ' · '.join(f'{k} {v:.1f}' for k, v in row['seconds'].items())
+    count, spent = (
+        f'{row["epoch"] + 1}/{num_epochs}',
+        ' · '.join(f'{k} {v:.1f}' for k, v in row['seconds'].items()),
+    )
     return f'{count:>8}' + ''.join(f'{show(row):>{w}}' for _, w, show in _columns) + f'   {spent}'
 
 # %% ../nbs/08d_runs.ipynb #d4c9fbe1
-def summary(rows: list,  # of `metrics.jsonl`
-            run) -> str:  # folder
+def summary(
+    rows: list,  # of `metrics.jsonl`
+    run,
+) -> str:  # folder
     "The end of a run in a few lines; the best epoch is chosen on the test set, and the line says so."
     rated = [r for r in rows if 'mAP' in r]
     say = lambda r: f'mAP {100 * r["mAP"]:.1f} %, Rank-1 {100 * r["rank1"]:.1f} % (epoch {r["epoch"] + 1})'
     best = max(rated, key=lambda r: r['mAP'], default=None)
     took = sum(sum(r['seconds'].values()) for r in rows)
-    lines = [f'last  {say(rated[-1])}', f'best  {say(best)}, chosen on the test set'] if rated else ['not evaluated']
+    lines = (
+        [f'last  {say(rated[-1])}', f'best  {say(best)}, chosen on the test set']
+        if rated
+        else ['not evaluated']
+    )
     return '\n'.join([*lines, f'{len(rows)} epochs in {took:.0f} s, kept in {run}'])
 
 # %% ../nbs/08d_runs.ipynb #c19bae44
 def read_checkpoint(path: Path) -> dict:  # epoch, step, network, optimizer, memory, labels, settings, …
-    "The content of a checkpoint; never executes code from the file. ValueError if it is damaged or no checkpoint."
+    """The content of a checkpoint; never executes code from the file. ValueError if it is damaged or no
+    checkpoint."""
     try:
-        with zipfile.ZipFile(path) as archive: broken = archive.testzip()
-        if broken: raise ValueError(f'check sum of {broken}')
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        if broken:
+            raise ValueError(f'check sum of {broken}')
         return torch.load(path, map_location='cpu', weights_only=True)
-    except FileNotFoundError: raise
-    except Exception as e: raise ValueError(f'{Path(path).name} cannot be read as a checkpoint ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else "empty"})') from e
+    except FileNotFoundError:
+        raise
+    except Exception as e:
+        raise ValueError(
+            f'{Path(path).name} cannot be read as a checkpoint ({type(e).__name__}:'
+            f' {str(e).splitlines()[0] if str(e) else "empty"})'
+        ) from e
 
 # %% ../nbs/08d_runs.ipynb #33c1c3df
 def progress(path: Path) -> tuple:  # (epochs, steps) done in the run when it was written
@@ -307,72 +478,98 @@ def progress(path: Path) -> tuple:  # (epochs, steps) done in the run when it wa
     _, epoch, *step = path.stem.split('_')
     return (int(epoch), int(step[1])) if step else (int(epoch) + 1, 0)
 
+
 def checkpoints(folder: Path) -> list:  # paths, oldest first
     "The checkpoints of single epochs in a folder, those in the middle of one included."
     return sorted(folder.glob('epoch_*.pt'), key=progress)
 
 # %% ../nbs/08d_runs.ipynb #cb74bccf
-def write_checkpoint(path: Path,  # ….pt
-                     state: dict):  # as of `read_checkpoint`
+def write_checkpoint(
+    path: Path,  # ….pt
+    state: dict,  # as of `read_checkpoint`
+):
     "Writes a checkpoint, and beside it the weights alone as safetensors, which any program can read."
     from safetensors.torch import save
+
     weights = {name: t.detach().cpu().contiguous() for name, t in state['network'].items()}
-    told = {k: str(state['settings'][k]) for k in ('arch', 'pooling_type', 'height', 'width', 'dataset')} | dict(epoch=str(state['epoch']))
+    told = {
+        k: str(state['settings'][k]) for k in ('arch', 'pooling_type', 'height', 'width', 'dataset')
+    } | dict(epoch=str(state['epoch']))
     write_file(path.with_suffix('.safetensors'), lambda f: f.write(save(weights, told)))
-    write_file(path, lambda f: torch.save(state, f))          # last: where a checkpoint is, its weights are
+    write_file(path, lambda f: torch.save(state, f))  # last: where a checkpoint is, its weights are
+
 
 def drop_checkpoint(path: Path):
     "Removes a checkpoint and its weights."
-    for p in (path, path.with_suffix('.safetensors')): p.unlink(missing_ok=True)
+    for p in (path, path.with_suffix('.safetensors')):
+        p.unlink(missing_ok=True)
 
 # %% ../nbs/08d_runs.ipynb #d87c3a3c
 def newest_checkpoint(folder: Path) -> dict | None:  # as of `read_checkpoint`; None if there are none
-    "The content of the newest checkpoint that can be read; warns of each that cannot. ValueError if none of several can."
+    """The content of the newest checkpoint that can be read; warns of each that cannot. ValueError if none
+    of several can."""
     paths = checkpoints(folder)
     for path in reversed(paths):
-        try: return read_checkpoint(path)
-        except ValueError as e: warnings.warn(f'{e}; going back to the one before')
-    if paths: raise ValueError(f'a run needs one checkpoint that can be read, got {len(paths)} that cannot: {", ".join(p.name for p in paths)}')
+        try:
+            return read_checkpoint(path)
+        except ValueError as e:
+            warnings.warn(f'{e}; going back to the one before')
+    if paths:
+        raise ValueError(
+            f'a run needs one checkpoint that can be read, got {len(paths)} that cannot:'
+            f' {", ".join(p.name for p in paths)}'
+        )
 
 # %% ../nbs/08d_runs.ipynb #a785fd10
 class Stopped(KeyboardInterrupt):
     "The run was asked to stop, by Ctrl-C or SIGTERM; `.signal` says which."
+
     def __init__(self, number: int, said: str = ''):
         super().__init__(said or signal.Signals(number).name)
         self.signal = number
 
 # %% ../nbs/08d_runs.ipynb #26cbde91
 class StopSignals:
-    "A context in which Ctrl-C and SIGTERM raise `Stopped`: at once, or inside `held()` where `check()` is called."
+    """A context in which Ctrl-C and SIGTERM raise `Stopped`: at once, or inside `held()` where `check()`
+    is called."""
+
     def __init__(self):
         self.asked, self.interrupts, self.holding, self.before = 0, 0, False, {}
 
     def __enter__(self):
         self.asked, self.interrupts = 0, 0
-        if threading.current_thread() is threading.main_thread():     # Python delivers signals to no other
+        if threading.current_thread() is threading.main_thread():  # Python delivers signals to no other
             self.before = {n: signal.signal(n, self.arrive) for n in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_):
-        for number, handler in self.before.items(): signal.signal(number, handler)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
         self.before = {}
 
     def arrive(self, number, frame):
-        "The handler: the first signal stops the run, later ones change nothing, but a second Ctrl-C stops whatever is going on."
+        """The handler: the first signal stops the run, later ones change nothing, but a second Ctrl-C
+        stops whatever is going on."""
         self.interrupts += number == signal.SIGINT
-        if self.interrupts > 1: raise KeyboardInterrupt
-        if self.asked: return
+        if self.interrupts > 1:
+            raise KeyboardInterrupt
+        if self.asked:
+            return
         self.asked = number
-        if not self.holding: raise Stopped(number)
+        if not self.holding:
+            raise Stopped(number)
 
     @contextmanager
     def held(self):
         "Inside, signals wait for `check`."
         self.holding = True
-        try: yield
-        finally: self.holding = False
+        try:
+            yield
+        finally:
+            self.holding = False
 
     def check(self, engine):  # Accelerator
         "Raises `Stopped` if this process or another was asked to stop."
         asked = any_process(engine, self.asked)
-        if asked: raise Stopped(asked)
+        if asked:
+            raise Stopped(asked)

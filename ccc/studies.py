@@ -41,58 +41,91 @@ def grid(**choices) -> list:  # setting=[values, …] -> one dict a combination
 
 # %% ../nbs/09b_studies.ipynb #a59e112f
 CLUSTERERS = ['dbscan', 'kmeans', 'hdc']
-NETWORKS = [dict(arch=a, resnet_pretrained=w) for a, w in (('resnet50', 'V1'), ('resnet50', 'V2'), ('resnet_ibn50a', 'V1'),
-                                                           ('timm:tf_efficientnet_lite0', 'efficientnet-lite0'), ('small', 'none'))]
+NETWORKS = [
+    dict(arch=a, resnet_pretrained=w)
+    for a, w in (
+        ('resnet50', 'V1'),
+        ('resnet50', 'V2'),
+        ('resnet_ibn50a', 'V1'),
+        ('timm:tf_efficientnet_lite0', 'efficientnet-lite0'),
+        ('small', 'none'),
+    )
+]
 STUDIES = {
     'clusterers': grid(clustering=['dbscan'], loss_with_camera=[False, True])
-                  + [dict(clustering=c, loss_with_camera=cie, warmup_with_dbscan=warm) for c in ('kmeans', 'hdc') for cie, warm in ((False, False), (True, False), (True, True))],
+    + [
+        dict(clustering=c, loss_with_camera=cie, warmup_with_dbscan=warm)
+        for c in ('kmeans', 'hdc')
+        for cie, warm in ((False, False), (True, False), (True, True))
+    ],
     'rules': grid(loss_with_camera=[False, True], cm_mode=['cm', 'cm_hard', 'tccl_camera', 'hd_camera']),
     'backbones': [network | c for network in NETWORKS for c in grid(clustering=CLUSTERERS)],
-    'clusters': grid(clustering=['kmeans', 'hdc'], warmup_with_dbscan=[False, True], num_clusters=[500, 750, 1000, 1250, 1500]),
+    'clusters': grid(
+        clustering=['kmeans', 'hdc'],
+        warmup_with_dbscan=[False, True],
+        num_clusters=[500, 750, 1000, 1250, 1500],
+    ),
 }
 
 # %% ../nbs/09b_studies.ipynb #0c11c807
-def study_base(dataset: str = 'city',  # market1501, msmt17, veri or city
-               **settings) -> Config:  # fields of Config that shall differ
+def study_base(
+    dataset: str = 'city',  # market1501, msmt17, veri or city
+    **settings,
+) -> Config:  # fields of Config that shall differ
     "The settings that the rows of a study change."
-    if dataset not in ('city', *BENCHMARKS): raise ValueError(f'dataset of a study must be one of city, {", ".join(BENCHMARKS)}, got {dataset!r}')
+    if dataset not in ('city', *BENCHMARKS):
+        raise ValueError(f'dataset of a study must be one of city, {", ".join(BENCHMARKS)}, got {dataset!r}')
     return recipe('city-study' if dataset == 'city' else f'{dataset}-hdc', **settings)
 
 # %% ../nbs/09b_studies.ipynb #2cea2610
-def study_configs(name: str,  # one of `STUDIES`, or 'all'
-                  base: Config,  # of `study_base`
-                  seeds: int = 3,  # runs of each row: base.seed, base.seed + 1, …
-                 ) -> list:  # a Config for each row and seed, rows of several studies once
+def study_configs(
+    name: str,  # one of `STUDIES`, or 'all'
+    base: Config,  # of `study_base`
+    seeds: int = 3,  # runs of each row: base.seed, base.seed + 1, …
+) -> list:  # a Config for each row and seed, rows of several studies once
     "The runs a study consists of, seed after seed."
-    if name not in (*STUDIES, 'all'): raise ValueError(f'study must be one of {", ".join(STUDIES)} or all, got {name!r}')
+    if name not in (*STUDIES, 'all'):
+        raise ValueError(f'study must be one of {", ".join(STUDIES)} or all, got {name!r}')
     rows = [row for n in STUDIES if name in (n, 'all') for row in STUDIES[n]]
     configs = [replace(base, **fitted(row, base), seed=base.seed + i) for i in range(seeds) for row in rows]
     return list({run_key(c): c for c in configs}.values())
 
+
 def fitted(row: dict, base: Config) -> dict:
-    "A row with its number of clusters scaled to the data; with the schedule of `city-study`, a network other than its own gets four epochs."
+    """A row with its number of clusters scaled to the data; with the schedule of `city-study`, a network
+    other than its own gets four epochs."""
     published, study = base.dataset in BENCHMARKS and base.subset_ids is None, recipe('city-study')
-    scaled = {} if published or 'num_clusters' not in row else dict(num_clusters=round(row['num_clusters'] / 750 * base.num_clusters))
+    scaled = (
+        {}
+        if published or 'num_clusters' not in row
+        else dict(num_clusters=round(row['num_clusters'] / 750 * base.num_clusters))
+    )
     alike = all(getattr(base, n) == getattr(study, n) for n in ('dataset', 'arch', 'num_epochs'))
     short = dict(num_epochs=4) if alike and row.get('arch', base.arch) != base.arch else {}
     return row | scaled | short
 
 # %% ../nbs/09b_studies.ipynb #661ec806
 def run_key(config: Config) -> str:
-    "What two runs must have in common to be the same run: all that decides weights, and how they are evaluated."
-    return json.dumps(deciding(config) | {n: getattr(config, n) for n in ('num_epochs', 'rerank', 'eval_dist')}, sort_keys=True)
+    """What two runs must have in common to be the same run: all that decides weights, and how they are
+    evaluated."""
+    return json.dumps(
+        deciding(config) | {n: getattr(config, n) for n in ('num_epochs', 'rerank', 'eval_dist')},
+        sort_keys=True,
+    )
 
 # %% ../nbs/09b_studies.ipynb #da729ba7
 @dataclass
 class Planned:
     "A run of a study, and how far it is."
+
     config: Config
     name: str  # what it changes, and its seed
     run: Path | None = None  # its folder; None: not begun
     done: int = 0  # epochs
 
     @property
-    def left(self) -> int: return self.config.num_epochs - self.done
+    def left(self) -> int:
+        return self.config.num_epochs - self.done
 
 # %% ../nbs/09b_studies.ipynb #09d97f8b
 def row_name(config: Config, base: Config) -> str:
@@ -100,22 +133,34 @@ def row_name(config: Config, base: Config) -> str:
     told = {n: v for n, v in changes(config, base).items() if n not in ('seed', 'log_dir', 'warmup_store')}
     return ','.join(f'{n}={v}' for n, v in told.items()).replace('/', '-').replace(':', '-') or 'base'
 
+
 def find_runs(folder) -> dict:  # run_key -> the run's folder
-    "All runs of a study's folder, of two the same the one with more epochs; warns of settings that cannot be read."
+    """All runs of a study's folder, of two the same the one with more epochs; warns of settings that
+    cannot be read."""
     found = {}
     from ccc.runs import RunFolder
+
     for path in sorted(Path(folder).glob('*/*/config.json')):
-        try: key = run_key(RunFolder(path.parent).config)
-        except ValueError as e: warnings.warn(f'{path.parent} is left alone: {e}')
-        else: found[key] = max(found.get(key, path.parent), path.parent, key=count_epochs)
+        try:
+            key = run_key(RunFolder(path.parent).config)
+        except ValueError as e:
+            warnings.warn(f'{path.parent} is left alone: {e}')
+        else:
+            found[key] = max(found.get(key, path.parent), path.parent, key=count_epochs)
     return found
 
-def plan(configs: list,  # of `study_configs`
-         base: Config,  # names tell what differs from it
-         folder) -> list:  # of `Planned`, those another run can take its warm-up from first
+
+def plan(
+    configs: list,  # of `study_configs`
+    base: Config,  # names tell what differs from it
+    folder,
+) -> list:  # of `Planned`, those another run can take its warm-up from first
     "How far each run of a study is."
     found = find_runs(folder)
-    planned = [Planned(c, f'{row_name(c, base)} seed {c.seed}', run := found.get(run_key(c)), count_epochs(run)) for c in configs]
+    planned = [
+        Planned(c, f'{row_name(c, base)} seed {c.seed}', run := found.get(run_key(c)), count_epochs(run))
+        for c in configs
+    ]
     first = {warmup_key(p.config): p for p in reversed(planned)}
     return sorted(planned, key=lambda p: first[warmup_key(p.config)] is not p)
 
@@ -123,157 +168,264 @@ def plan(configs: list,  # of `study_configs`
 def count_epochs(run: Path | None) -> int:
     "Epochs that a run has finished."
     from ccc.runs import read_metrics
+
     return 0 if run is None else len(read_metrics(run))
 
+
 def warmup_key(config: Config) -> str:
-    "What two runs must have in common to share their warm-up with DBSCAN; without one, a run shares with none."
+    """What two runs must have in common to share their warm-up with DBSCAN; without one, a run shares with
+    none."""
     return json.dumps(warmup_settings(config), sort_keys=True) if shares_warmup(config) else run_key(config)
 
-def shares_warmup(config: Config) -> bool: return config.warmup_with_dbscan and config.warmup_iters > 0
+
+def shares_warmup(config: Config) -> bool:
+    return config.warmup_with_dbscan and config.warmup_iters > 0
 
 # %% ../nbs/09b_studies.ipynb #377f40da
 @contextmanager
 def sole_worker(folder: Path):
-    "The folder's lock, as a file descriptor that started runs inherit; ValueError if somebody else is at work there."
+    """The folder's lock, as a file descriptor that started runs inherit; ValueError if somebody else is at
+    work there."""
     with open(folder / 'lock', 'w') as lock:
-        try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError: raise ValueError(f'a folder of studies must have one worker at a time, got a second one in {folder}: another `ccc ablate`, or runs that one has left behind') from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f'a folder of studies must have one worker at a time, got a second one in {folder}: another'
+                ' `ccc ablate`, or runs that one has left behind'
+            ) from None
         yield lock.fileno()
 
 # %% ../nbs/09b_studies.ipynb #1f75bdac
 def train_words(planned: Planned, base: Config, folder: Path) -> list:  # of a command line
     "The command of a run: begun, or gone on with."
-    if planned.run is not None: return ['train', '--resume', str(planned.run)]
+    if planned.run is not None:
+        return ['train', '--resume', str(planned.run)]
     row = row_name(planned.config, base)
-    own = dict(log_dir=str(folder / row), ckpt_dir=planned.config.ckpt_dir if planned.config.ckpt_dir == 'ckpt' else str(Path(planned.config.ckpt_dir) / row), warmup_store=str(folder / 'warmups') if shares_warmup(planned.config) else 'none')
+    own = dict(
+        log_dir=str(folder / row),
+        ckpt_dir=planned.config.ckpt_dir
+        if planned.config.ckpt_dir == 'ckpt'
+        else str(Path(planned.config.ckpt_dir) / row),
+        warmup_store=str(folder / 'warmups') if shares_warmup(planned.config) else 'none',
+    )
     return shlex.split(command(replace(planned.config, **own)))[1:]
 
 # %% ../nbs/09b_studies.ipynb #c55c68c6
 def pace_key(config: Config, jobs: int) -> str:
     "What two runs must have in common to take about as long an epoch."
-    return json.dumps([config.dataset, config.subset_ids, config.arch, config.height, config.width, config.batch_size, config.iters, config.device, jobs])
+    return json.dumps(
+        [
+            config.dataset,
+            config.subset_ids,
+            config.arch,
+            config.height,
+            config.width,
+            config.batch_size,
+            config.iters,
+            config.device,
+            jobs,
+        ]
+    )
+
 
 def known_pace(folder) -> dict:  # pace_key: seconds an epoch
     "The median pace of the finished runs of each kind."
     path, paces = Path(folder) / 'pace.jsonl', {}
     for line in path.read_text().splitlines() if path.exists() else []:
         told = json.loads(line)
-        if told['epochs']: paces.setdefault(told['kind'], []).append(told['seconds'] / told['epochs'])
+        if told['epochs']:
+            paces.setdefault(told['kind'], []).append(told['seconds'] / told['epochs'])
     return {kind: float(np.median(p)) for kind, p in paces.items()}
 
 # %% ../nbs/09b_studies.ipynb #1bf515ca
 class Runs:
     "Processes that train, at most `jobs` at a time."
+
     def __init__(self, planned: list, base: Config, folder: Path, jobs: int | None, lock: int):
         gpus = visible_gpus(base)
         self.jobs = jobs or max(1, len(gpus))
-        self.base, self.folder, self.lock, self.processes, self.stopping, self.guard = base, folder, lock, set(), False, threading.Lock()
+        self.base, self.folder, self.lock, self.processes, self.stopping, self.guard = (
+            base,
+            folder,
+            lock,
+            set(),
+            False,
+            threading.Lock(),
+        )
         self.slots, self.threads = queue.Queue(), str(max(1, len(os.sched_getaffinity(0)) // self.jobs))
-        for i in range(self.jobs): self.slots.put(gpus[i % len(gpus)] if gpus else '')
-        self.led = {}                                     # warm-up: event, set when the first run that makes it has ended
+        for i in range(self.jobs):
+            self.slots.put(gpus[i % len(gpus)] if gpus else '')
+        self.led = {}  # warm-up: event, set when the first run that makes it has ended
         self.pool = ThreadPoolExecutor(self.jobs)
-        self.futures = {self.pool.submit(self.train, p, self.led.get(warmup_key(p.config)), self.led.setdefault(warmup_key(p.config), threading.Event())): p for p in planned}
+        self.futures = {
+            self.pool.submit(
+                self.train,
+                p,
+                self.led.get(warmup_key(p.config)),
+                self.led.setdefault(warmup_key(p.config), threading.Event()),
+            ): p
+            for p in planned
+        }
 
-    def train(self, planned: Planned, wait_for: threading.Event | None, ended: threading.Event) -> str:  # '' or what went wrong
+    def train(
+        self, planned: Planned, wait_for: threading.Event | None, ended: threading.Event
+    ) -> str:  # '' or what went wrong
         "One run, from beginning to end, after the run whose warm-up it shares."
-        if wait_for: wait_for.wait()
+        if wait_for:
+            wait_for.wait()
         gpu = self.slots.get()
-        try: return self.process(planned, gpu)
-        except OSError as e: return str(e)
+        try:
+            return self.process(planned, gpu)
+        except OSError as e:
+            return str(e)
         finally:
             self.slots.put(gpu)
             ended.set()
 
     def process(self, planned: Planned, gpu: str) -> str:  # '' or what went wrong
         "One process; what it prints is added to a file beside the run."
-        log, start = self.folder / row_name(planned.config, self.base) / f'seed{planned.config.seed}.log', time.perf_counter()
+        log, start = (
+            self.folder / row_name(planned.config, self.base) / f'seed{planned.config.seed}.log',
+            time.perf_counter(),
+        )
         log.parent.mkdir(exist_ok=True)
-        surroundings = os.environ | dict(OMP_NUM_THREADS=self.threads) | (dict(CUDA_VISIBLE_DEVICES=gpu) if gpu else {})
+        surroundings = (
+            os.environ | dict(OMP_NUM_THREADS=self.threads) | (dict(CUDA_VISIBLE_DEVICES=gpu) if gpu else {})
+        )
         with open(log, 'a') as out:
             before = out.tell()
-            with self.guard:                              # its own session: Ctrl-C reaches us alone, and we ask it to stop
-                if self.stopping: return 'stopped'
-                process = subprocess.Popen([sys.executable, '-m', 'ccc', *train_words(planned, self.base, self.folder)], stdout=out, stderr=out,
-                                           env=surroundings, pass_fds=(self.lock,), start_new_session=True)
+            with self.guard:  # its own session: Ctrl-C reaches us alone, and we ask it to stop
+                if self.stopping:
+                    return 'stopped'
+                process = subprocess.Popen(
+                    [sys.executable, '-m', 'ccc', *train_words(planned, self.base, self.folder)],
+                    stdout=out,
+                    stderr=out,
+                    env=surroundings,
+                    pass_fds=(self.lock,),
+                    start_new_session=True,
+                )
                 self.processes.add(process)
             code = process.wait()
         self.processes.discard(process)
-        if code: return (log.read_text()[before:].strip().splitlines() or [f'ended with code {code} and said nothing'])[-1]
+        if code:
+            return (
+                log.read_text()[before:].strip().splitlines() or [f'ended with code {code} and said nothing']
+            )[-1]
         self.keep_pace(planned, time.perf_counter() - start)
         return ''
 
     def keep_pace(self, planned: Planned, seconds: float):
         "Notes how long the epochs took that were trained; those of a warm-up from the store were not."
         run = find_runs(self.folder)[run_key(planned.config)]
-        taken = planned.config.warmup_iters * (planned.run is None and shares_warmup(planned.config) and not (run / 'warmup.json').exists())
-        told = dict(kind=pace_key(planned.config, self.jobs), epochs=planned.left - taken, seconds=seconds / self.jobs)
-        with open(self.folder / 'pace.jsonl', 'a') as f: f.write(json.dumps(told) + '\n')
+        taken = planned.config.warmup_iters * (
+            planned.run is None and shares_warmup(planned.config) and not (run / 'warmup.json').exists()
+        )
+        told = dict(
+            kind=pace_key(planned.config, self.jobs), epochs=planned.left - taken, seconds=seconds / self.jobs
+        )
+        with open(self.folder / 'pace.jsonl', 'a') as f:
+            f.write(json.dumps(told) + '\n')
 
     def stop(self):
         "Begins no further run, asks those under way to save, and waits for them."
         with self.guard:
             self.stopping = True
-            for p in self.processes: p.terminate()
-        for event in self.led.values(): event.set()
+            for p in self.processes:
+                p.terminate()
+        for event in self.led.values():
+            event.set()
         self.pool.shutdown(cancel_futures=True)
 
 # %% ../nbs/09b_studies.ipynb #d4ab1b22
 def visible_gpus(config: Config) -> list:  # as of CUDA_VISIBLE_DEVICES
     "The GPUs that runs of these settings may use."
-    if config.device == 'cpu': return []
+    if config.device == 'cpu':
+        return []
     import torch
+
     named = os.environ.get('CUDA_VISIBLE_DEVICES')
-    return (named.split(',') if named else list(map(str, range(torch.cuda.device_count())))) if torch.cuda.is_available() else []
+    return (
+        (named.split(',') if named else list(map(str, range(torch.cuda.device_count()))))
+        if torch.cuda.is_available()
+        else []
+    )
 
 # %% ../nbs/09b_studies.ipynb #2576d4a7
 def missing_weights(configs: list) -> dict:  # (arch, weights): reason
     "Networks that cannot be built here, each tried once."
     from ccc.training import make_network
+
     reasons = {}
     for config in {(c.arch, c.resnet_pretrained): c for c in configs}.values():
-        try: make_network(config)
-        except (OSError, ImportError, ValueError, RuntimeError) as e: reasons[config.arch, config.resnet_pretrained] = str(e)
+        try:
+            make_network(config)
+        except (OSError, ImportError, ValueError, RuntimeError) as e:
+            reasons[config.arch, config.resnet_pretrained] = str(e)
     return reasons
 
 # %% ../nbs/09b_studies.ipynb #958c4a12
-def ablate(configs: list,  # of `study_configs`
-           base: Config,  # of `study_base`
-           folder,  # where the runs are kept
-           jobs: int | None = None,  # runs at a time; None: one for each GPU, or one
-          ) -> dict:  # name: reason, of the runs that are left out
-    "Trains the runs that are missing and goes on with those that were stopped; Ctrl-C and SIGTERM save the runs under way."
+def ablate(
+    configs: list,  # of `study_configs`
+    base: Config,  # of `study_base`
+    folder,  # where the runs are kept
+    jobs: int | None = None,  # runs at a time; None: one for each GPU, or one
+) -> dict:  # name: reason, of the runs that are left out
+    """Trains the runs that are missing and goes on with those that were stopped; Ctrl-C and SIGTERM save
+    the runs under way."""
     from ccc.runs import Stopped, StopSignals
+
     folder, left_out = Path(folder).expanduser(), {}
     folder.mkdir(parents=True, exist_ok=True)
     with sole_worker(folder) as lock, StopSignals():
         todo = [p for p in plan(configs, base, folder) if p.left > 0]
         absent = missing_weights([p.config for p in todo])
-        for (arch, weights), why in absent.items(): print(f'left out: {arch} with weights {weights}: {why}', flush=True)
-        left_out = {p.name: absent[k] for p in todo if (k := (p.config.arch, p.config.resnet_pretrained)) in absent}
+        for (arch, weights), why in absent.items():
+            print(f'left out: {arch} with weights {weights}: {why}', flush=True)
+        left_out = {
+            p.name: absent[k] for p in todo if (k := (p.config.arch, p.config.resnet_pretrained)) in absent
+        }
         runs = Runs([p for p in todo if p.name not in left_out], base, folder, jobs, lock)
         try:
             for n, future in enumerate(as_completed(runs.futures), 1):
                 p, why = runs.futures[future], future.result()
-                if why: left_out[p.name] = why
-                print(f'{n}/{len(runs.futures)}  {p.name}: {why or last_line(find_runs(folder)[run_key(p.config)])}', flush=True)
-        except Stopped as stop: raise Stopped(stop.signal, f'stopped by {stop}; runs under way are saved, the same command goes on') from None
-        finally: runs.stop()                              # after the last run there is nothing left to stop
+                if why:
+                    left_out[p.name] = why
+                print(
+                    f'{n}/{len(runs.futures)}  {p.name}:'
+                    f' {why or last_line(find_runs(folder)[run_key(p.config)])}',
+                    flush=True,
+                )
+        except Stopped as stop:
+            raise Stopped(
+                stop.signal, f'stopped by {stop}; runs under way are saved, the same command goes on'
+            ) from None
+        finally:
+            runs.stop()  # after the last run there is nothing left to stop
     return left_out
+
 
 def last_line(run: Path) -> str:
     "The end of a run in a line."
     from ccc.runs import read_metrics
+
     row = read_metrics(run)[-1]
-    return f'mAP {100 * row["mAP"]:.1f} %, Rank-1 {100 * row["rank1"]:.1f} %' if 'mAP' in row else f'{row["n_clusters"]} clusters'
+    return (
+        f'mAP {100 * row["mAP"]:.1f} %, Rank-1 {100 * row["rank1"]:.1f} %'
+        if 'mAP' in row
+        else f'{row["n_clusters"]} clusters'
+    )
 
 # %% ../nbs/09b_studies.ipynb #ee13fb6a
 def try_pace(config: Config) -> float:  # seconds an epoch, without the label step
     "The pace of a run from two batches, embedded and trained on with labels drawn at random."
     from ccc.labels import PseudoLabels
     from ccc.training import Trainer, epoch_batches, extract_embeddings
+
     t = Trainer(config)
     n = len(t.dataset.train)
-    part = t.images()[:2 * config.batch_size]
+    part = t.images()[: 2 * config.batch_size]
     start = time.perf_counter()
     x = extract_embeddings(t.net, part, config.batch_size, t.engine)
     embed = (time.perf_counter() - start) / len(x)
@@ -285,7 +437,11 @@ def try_pace(config: Config) -> float:  # seconds an epoch, without the label st
     start = time.perf_counter()
     t.stages.train_batch(*batches[1])
     step = time.perf_counter() - start
-    return n * embed + config.iters * step + (len(t.dataset.query) + len(t.dataset.gallery)) * embed / config.eval_step_epoch
+    return (
+        n * embed
+        + config.iters * step
+        + (len(t.dataset.query) + len(t.dataset.gallery)) * embed / config.eval_step_epoch
+    )
 
 # %% ../nbs/09b_studies.ipynb #6e6e2c19
 def kept_warmups(folder) -> list:  # settings, a dict each
@@ -293,70 +449,106 @@ def kept_warmups(folder) -> list:  # settings, a dict each
     return [json.loads(p.read_text())['told']['settings'] for p in Path(folder).glob('warmups/*/warmup.json')]
 
 # %% ../nbs/09b_studies.ipynb #3781db68
-def outlook(planned: list,  # of `plan`
-            folder,
-            jobs: int | None = None,  # runs at a time, as of `ablate`
-           ) -> str:
+def outlook(
+    planned: list,  # of `plan`
+    folder,
+    jobs: int | None = None,  # runs at a time, as of `ablate`
+) -> str:
     "What there is to do: runs, what is cached, expected time."
     gpus = visible_gpus(planned[0].config) if planned else []
     jobs = jobs or max(1, len(gpus))
-    pace, kept, begun, lines, total, to_do = known_pace(folder), kept_warmups(folder), set(), [], 0., 0
+    pace, kept, begun, lines, total, to_do = known_pace(folder), kept_warmups(folder), set(), [], 0.0, 0
     width = max((len(p.name) for p in planned), default=0)
     for p in planned:
         kind, warm = pace_key(p.config, jobs), warmup_key(p.config)
-        if p.left > 0 and kind not in pace:                       # processes share the cores of a CPU: more at a time are no faster
-            try: pace[kind] = try_pace(p.config) / (min(jobs, len(gpus)) or 1)
-            except (OSError, ImportError, ValueError, RuntimeError) as e: pace[kind] = str(e)
-        cached = shares_warmup(p.config) and p.done == 0 and (warmup_settings(p.config) in kept or warm in begun)
-        if p.left > 0 and not isinstance(pace[kind], str): begun.add(warm)
+        # processes share the cores of a CPU: more at a time are no faster
+        if p.left > 0 and kind not in pace:
+            try:
+                pace[kind] = try_pace(p.config) / (min(jobs, len(gpus)) or 1)
+            except (OSError, ImportError, ValueError, RuntimeError) as e:
+                pace[kind] = str(e)
+        cached = (
+            shares_warmup(p.config) and p.done == 0 and (warmup_settings(p.config) in kept or warm in begun)
+        )
+        if p.left > 0 and not isinstance(pace[kind], str):
+            begun.add(warm)
         left = p.left - p.config.warmup_iters * cached
-        state = 'finished' if p.left <= 0 else f'{p.done} of {p.config.num_epochs} epochs done' if p.run else 'missing'
-        if isinstance(seconds := pace.get(kind, 0.), str): told = f'left out: {seconds}'
+        state = (
+            'finished'
+            if p.left <= 0
+            else f'{p.done} of {p.config.num_epochs} epochs done'
+            if p.run
+            else 'missing'
+        )
+        if isinstance(seconds := pace.get(kind, 0.0), str):
+            told = f'left out: {seconds}'
         else:
             total, to_do = total + left * seconds, to_do + (p.left > 0)
             told = f'{left * seconds:7.0f} s' if p.left > 0 else ''
         lines.append(f'{p.name:{width}}  {state:26} {"warm-up cached" if cached else "":15}{told}'.rstrip())
-    return '\n'.join([*lines, f'{to_do} of {len(planned)} runs to do, about {total / 60:.1f} min with {jobs} at a time'])
+    return '\n'.join(
+        [*lines, f'{to_do} of {len(planned)} runs to do, about {total / 60:.1f} min with {jobs} at a time']
+    )
 
 # %% ../nbs/09b_studies.ipynb #cc6ec3c8
 @dataclass
 class Result:
     "The scores of a finished run, fractions."
+
     config: Config
     run: Path
     rows: list  # of metrics.jsonl
 
     @property
-    def last(self) -> dict: return self.rows[-1]
+    def last(self) -> dict:
+        return self.rows[-1]
 
     @property
     def best(self) -> dict:
         "The evaluated epoch of highest mAP: chosen on the test set."
         return max((r for r in self.rows if 'mAP' in r), key=lambda r: r['mAP'])
 
-def results(folder,
-            configs: list | None = None,  # of `study_configs`; None: all that is there
-           ) -> dict:  # run_key: Result
-    "The finished runs of a folder of studies; ValueError if they do not compare, being from other data or in other arithmetic."
+
+def results(
+    folder,
+    configs: list | None = None,  # of `study_configs`; None: all that is there
+) -> dict:  # run_key: Result
+    """The finished runs of a folder of studies; ValueError if they do not compare, being from other data
+    or in other arithmetic."""
     from ccc.runs import RunFolder
+
     found, made = {}, set()
     wanted = None if configs is None else set(map(run_key, configs))
     for key, run in find_runs(folder).items():
-        if wanted is not None and key not in wanted: continue
+        if wanted is not None and key not in wanted:
+            continue
         told = RunFolder(run).metadata
         done = Result(RunFolder(run).config, run, RunFolder(run).rows)
-        if len(done.rows) < done.config.num_epochs or 'mAP' not in done.last: continue
+        if len(done.rows) < done.config.num_epochs or 'mAP' not in done.last:
+            continue
         found[key] = done
-        made.add((told['data'].get('fingerprint'), told.get('device'), told.get('arithmetic', {}).get('precision'), told.get('numerics', 1)))
-    if len(made) > 1: raise ValueError(f'runs of a study must be made from the same data, on one kind of device in one precision, under one NUMERICS; got {sorted(map(str, made))} in {folder}')
+        made.add(
+            (
+                told['data'].get('fingerprint'),
+                told.get('device'),
+                told.get('arithmetic', {}).get('precision'),
+                told.get('numerics', 1),
+            )
+        )
+    if len(made) > 1:
+        raise ValueError(
+            'runs of a study must be made from the same data, on one kind of device in one precision, under'
+            f' one NUMERICS; got {sorted(map(str, made))} in {folder}'
+        )
     return found
 
 # %% ../nbs/09b_studies.ipynb #3793c7de
-def scores(config: Config,  # a row; its seed does not matter
-           found: dict,  # of `results`
-           score: str = 'mAP',  # or rank1, nmi, …
-           epoch: str = 'last',  # or best
-          ) -> dict:  # seed: score, of the seeds that have been run
+def scores(
+    config: Config,  # a row; its seed does not matter
+    found: dict,  # of `results`
+    score: str = 'mAP',  # or rank1, nmi, …
+    epoch: str = 'last',  # or best
+) -> dict:  # seed: score, of the seeds that have been run
     "One number of each run of a row."
     same = lambda r: run_key(replace(r.config, seed=config.seed)) == run_key(config)
     return {r.config.seed: getattr(r, epoch)[score] for r in found.values() if same(r)}
@@ -365,24 +557,36 @@ def scores(config: Config,  # a row; its seed does not matter
 @dataclass(frozen=True)
 class Difference:
     "A mean difference and the interval of its bootstrap."
+
     mean: float
     low: float
     high: float
     n: int  # pairs
 
     def __str__(self):
-        if not self.n: return 'not run'
-        return f'{100 * self.mean:+.1f}' + (f' [{100 * self.low:+.1f}, {100 * self.high:+.1f}]' if self.n > 1 else ' (one pair)')
+        if not self.n:
+            return 'not run'
+        return f'{100 * self.mean:+.1f}' + (
+            f' [{100 * self.low:+.1f}, {100 * self.high:+.1f}]' if self.n > 1 else ' (one pair)'
+        )
 
-def paired(a: dict, b: dict,  # key: score; keys that both have make the pairs
-           level: float = .95,  # of the interval
-          ) -> Difference:  # of a - b
+
+def paired(
+    a: dict,
+    b: dict,  # key: score; keys that both have make the pairs
+    level: float = 0.95,  # of the interval
+) -> Difference:  # of a - b
     "The mean of paired differences with a percentile bootstrap interval."
     from scipy.stats import bootstrap
+
     d = np.array([a[k] - b[k] for k in sorted(a.keys() & b.keys())])
-    if len(d) < 2: return Difference(*[float(d.sum())] * 3, len(d))
-    if np.ptp(d) == 0: return Difference(*[float(d[0])] * 3, len(d))          # resampling one value over and over gives no spread
-    interval = bootstrap((d,), np.mean, confidence_level=level, method='percentile', rng=0).confidence_interval
+    if len(d) < 2:
+        return Difference(*[float(d.sum())] * 3, len(d))
+    if np.ptp(d) == 0:
+        return Difference(*[float(d[0])] * 3, len(d))  # resampling one value over and over gives no spread
+    interval = bootstrap(
+        (d,), np.mean, confidence_level=level, method='percentile', rng=0
+    ).confidence_interval
     return Difference(float(d.mean()), float(interval.low), float(interval.high), len(d))
 
 # %% ../nbs/09b_studies.ipynb #ad2ba981
@@ -391,89 +595,199 @@ def spread(values) -> str:  # fractions -> percent
     v = 100 * np.array(list(values))
     return '' if not len(v) else f'{v.mean():.1f} ± {v.std(ddof=1):.1f}' if len(v) > 1 else f'{v[0]:.1f}'
 
-def study_rows(name: str,  # one of `STUDIES`
-               base: Config,  # of `study_base`
-              ) -> list:  # (settings, config) of each row
+
+def study_rows(
+    name: str,  # one of `STUDIES`
+    base: Config,  # of `study_base`
+) -> list:  # (settings, config) of each row
     "The rows of a study in their order."
     return [(row, replace(base, **fitted(row, base))) for row in STUDIES[name]]
 
+
 def study_table(name: str, base: Config, found: dict) -> list:  # lines of text
-    "A study as a table: mAP and Rank-1 of the last epoch in percent, the best epoch's mAP, mean ± standard deviation over seeds; blank where nothing was run."
-    rows = [(', '.join(f'{n}={getattr(config, n)}' for n in row), config) for row, config in study_rows(name, base)]
+    """A study as a table: mAP and Rank-1 of the last epoch in percent, the best epoch's mAP, mean ±
+    standard deviation over seeds; blank where nothing was run."""
+    rows = [
+        (', '.join(f'{n}={getattr(config, n)}' for n in row), config)
+        for row, config in study_rows(name, base)
+    ]
     width = max(len(told) for told, _ in rows)
     lines = [f'{name:{width}}{"mAP last":>14}{"Rank-1":>14}{"mAP best*":>14}{"seeds":>7}']
     for told, config in rows:
         maps = scores(config, found)
-        cells = spread(maps.values()), spread(scores(config, found, 'rank1').values()), spread(scores(config, found, epoch='best').values())
-        lines.append((f'{told:{width}}' + ''.join(f'{c:>14}' for c in cells) + f'{len(maps) or "":>7}').rstrip())
+        cells = (
+            spread(maps.values()),
+            spread(scores(config, found, 'rank1').values()),
+            spread(scores(config, found, epoch='best').values()),
+        )
+        lines.append(
+            (f'{told:{width}}' + ''.join(f'{c:>14}' for c in cells) + f'{len(maps) or "":>7}').rstrip()
+        )
     return [*lines, '* the epoch is chosen on the test set']
 
 # %% ../nbs/09b_studies.ipynb #ae72a946
 @dataclass(frozen=True)
 class Claim:
     "A sentence that one value of a setting scores higher than another."
+
     text: str
     study: str  # one of `STUDIES`: its rows are compared
     setting: str  # in which the two sides differ
     better: object  # its value on the side that the sentence puts first
     other: object
-    rows: dict = field(default_factory=dict)  # setting: the value, or a tuple of values, that both sides must have
+    # setting: the value, or a tuple of values, that both sides must have
+    rows: dict = field(default_factory=dict)
+
 
 MAIN_CLAIMS = [
-    Claim('CIE helps, over three rules', 'rules', 'loss_with_camera', True, False, dict(cm_mode=('hd_camera', 'cm', 'cm_hard'))),
+    Claim(
+        'CIE helps, over three rules',
+        'rules',
+        'loss_with_camera',
+        True,
+        False,
+        dict(cm_mode=('hd_camera', 'cm', 'cm_hard')),
+    ),
     Claim('CHD beats plain updates (cm)', 'rules', 'cm_mode', 'hd_camera', 'cm'),
     Claim('CHD beats the hardest sample (cm_hard)', 'rules', 'cm_mode', 'hd_camera', 'cm_hard'),
-    Claim('HDC beats DBSCAN (both with CIE)', 'clusterers', 'clustering', 'hdc', 'dbscan', dict(loss_with_camera=True, warmup_with_dbscan=True)),
-    Claim('HDC beats k-means (both with CIE and warm-up)', 'clusterers', 'clustering', 'hdc', 'kmeans', dict(loss_with_camera=True, warmup_with_dbscan=True)),
+    Claim(
+        'HDC beats DBSCAN (both with CIE)',
+        'clusterers',
+        'clustering',
+        'hdc',
+        'dbscan',
+        dict(loss_with_camera=True, warmup_with_dbscan=True),
+    ),
+    Claim(
+        'HDC beats k-means (both with CIE and warm-up)',
+        'clusterers',
+        'clustering',
+        'hdc',
+        'kmeans',
+        dict(loss_with_camera=True, warmup_with_dbscan=True),
+    ),
 ]
 OTHER_CLAIMS = [
-    *(Claim(f'CIE helps {name}', 'clusterers', 'loss_with_camera', True, False, dict(clustering=c, warmup_with_dbscan=c == 'dbscan'))
-      for c, name in (('dbscan', 'DBSCAN'), ('kmeans', 'k-means'), ('hdc', 'HDC'))),
-    Claim('CHD beats camera centres (tccl_camera), no CIE', 'rules', 'cm_mode', 'hd_camera', 'tccl_camera', dict(loss_with_camera=False)),
-    Claim('CHD beats camera centres (tccl_camera), with CIE', 'rules', 'cm_mode', 'hd_camera', 'tccl_camera', dict(loss_with_camera=True)),
+    *(
+        Claim(
+            f'CIE helps {name}',
+            'clusterers',
+            'loss_with_camera',
+            True,
+            False,
+            dict(clustering=c, warmup_with_dbscan=c == 'dbscan'),
+        )
+        for c, name in (('dbscan', 'DBSCAN'), ('kmeans', 'k-means'), ('hdc', 'HDC'))
+    ),
+    Claim(
+        'CHD beats camera centres (tccl_camera), no CIE',
+        'rules',
+        'cm_mode',
+        'hd_camera',
+        'tccl_camera',
+        dict(loss_with_camera=False),
+    ),
+    Claim(
+        'CHD beats camera centres (tccl_camera), with CIE',
+        'rules',
+        'cm_mode',
+        'hd_camera',
+        'tccl_camera',
+        dict(loss_with_camera=True),
+    ),
     Claim('HDC beats k-means, any number of clusters', 'clusters', 'clustering', 'hdc', 'kmeans'),
-    Claim('warm-up with DBSCAN helps k-means', 'clusterers', 'warmup_with_dbscan', True, False, dict(clustering='kmeans', loss_with_camera=True)),
-    Claim('warm-up helps k-means, any number of clusters', 'clusters', 'warmup_with_dbscan', True, False, dict(clustering='kmeans')),
-    Claim('warm-up with DBSCAN helps HDC', 'clusterers', 'warmup_with_dbscan', True, False, dict(clustering='hdc', loss_with_camera=True)),
-    Claim('warm-up helps HDC, any number of clusters', 'clusters', 'warmup_with_dbscan', True, False, dict(clustering='hdc')),
+    Claim(
+        'warm-up with DBSCAN helps k-means',
+        'clusterers',
+        'warmup_with_dbscan',
+        True,
+        False,
+        dict(clustering='kmeans', loss_with_camera=True),
+    ),
+    Claim(
+        'warm-up helps k-means, any number of clusters',
+        'clusters',
+        'warmup_with_dbscan',
+        True,
+        False,
+        dict(clustering='kmeans'),
+    ),
+    Claim(
+        'warm-up with DBSCAN helps HDC',
+        'clusterers',
+        'warmup_with_dbscan',
+        True,
+        False,
+        dict(clustering='hdc', loss_with_camera=True),
+    ),
+    Claim(
+        'warm-up helps HDC, any number of clusters',
+        'clusters',
+        'warmup_with_dbscan',
+        True,
+        False,
+        dict(clustering='hdc'),
+    ),
 ]
 
 # %% ../nbs/09b_studies.ipynb #9b5bd053
 def claim_rows(claim: Claim, base: Config) -> list:  # of pairs of Config: the better side, the other
     "The pairs of rows that a claim compares: they differ in its setting alone."
-    def fits(config): return all(getattr(config, n) in (v if isinstance(v, tuple) else (v,)) for n, v in claim.rows.items())
+
+    def fits(config):
+        return all(getattr(config, n) in (v if isinstance(v, tuple) else (v,)) for n, v in claim.rows.items())
+
     rows = [config for _, config in study_rows(claim.study, base) if fits(config)]
-    pairs = [(one, other) for one in rows for other in rows if other == replace(one, **{claim.setting: claim.other})]
+    pairs = [
+        (one, other)
+        for one in rows
+        for other in rows
+        if other == replace(one, **{claim.setting: claim.other})
+    ]
     return [(one, other) for one, other in pairs if getattr(one, claim.setting) == claim.better]
+
 
 @dataclass(frozen=True)
 class Finding:
     "What the runs say of a claim."
+
     text: str
     by_seed: dict  # seed: mean difference of its pairs, a fraction
 
     @property
-    def difference(self) -> Difference: return paired(self.by_seed, dict.fromkeys(self.by_seed, 0.))
+    def difference(self) -> Difference:
+        return paired(self.by_seed, dict.fromkeys(self.by_seed, 0.0))
 
     @property
     def verdict(self) -> str:
         "Whether the interval of the mean difference leaves out 0."
         d = self.difference
-        if not d.n: return 'not run'
+        if not d.n:
+            return 'not run'
         return 'yes' if d.low > 0 else 'no' if d.high < 0 else 'not told apart'
+
 
 def examine(claim: Claim, base: Config, runs: dict) -> Finding:  # of `results`
     "The differences of a claim in mAP of the last epoch, averaged within each seed that has all its rows."
     pairs = [(scores(one, runs), scores(other, runs)) for one, other in claim_rows(claim, base)]
     seeds = set.intersection(*(one.keys() & other.keys() for one, other in pairs)) if pairs else set()
-    return Finding(claim.text, {s: float(np.mean([one[s] - other[s] for one, other in pairs])) for s in sorted(seeds)})
+    return Finding(
+        claim.text, {s: float(np.mean([one[s] - other[s] for one, other in pairs])) for s in sorted(seeds)}
+    )
 
 # %% ../nbs/09b_studies.ipynb #6ff458c4
-def findings_table(findings: list,  # of `Finding`
-                   published: dict | None = None,  # text: differences in the published tables, in points
-                  ) -> str:  # Markdown
+def findings_table(
+    findings: list,  # of `Finding`
+    published: dict | None = None,  # text: differences in the published tables, in points
+) -> str:  # Markdown
     "Claims, their differences and verdicts."
-    lines = ['| claim | on the city | mAP, points [95 % interval] | seeds | seed by seed | published differences |', '|---|---|---|---|---|---|']
+    lines = [
+        (
+            '| claim | on the city | mAP, points [95 % interval] | seeds | seed by seed | published'
+            ' differences |'
+        ),
+        '|---|---|---|---|---|---|',
+    ]
     for f in findings:
         theirs = (published or {}).get(f.text, [])
         span = f'{min(theirs):+.1f} to {max(theirs):+.1f}' if theirs else ''
@@ -481,60 +795,126 @@ def findings_table(findings: list,  # of `Finding`
         lines.append(f'| {f.text} | **{f.verdict}** | {f.difference} | {f.difference.n} | {each} | {span} |')
     return '\n'.join(lines)
 
-def forest_plot(findings: list,  # of `Finding`
-                published: dict | None = None):  # as of `findings_table` -> the figure
-    "Each claim a line: seeds as dots, their mean with its 95 % interval; published differences as grey diamonds."
+
+def forest_plot(
+    findings: list,  # of `Finding`
+    published: dict | None = None,  # as of `findings_table` -> the figure
+):
+    """Each claim a line: seeds as dots, their mean with its 95 % interval; published differences as grey
+    diamonds."""
     import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(8.5, 1 + .34 * len(findings)), layout='constrained', dpi=110)
+
+    fig, ax = plt.subplots(figsize=(8.5, 1 + 0.34 * len(findings)), layout='constrained', dpi=110)
     for y, f in enumerate(findings):
         d, theirs = f.difference, (published or {}).get(f.text, [])
-        ax.plot(theirs, [y - .2] * len(theirs), 'd', color='.6', ms=4)
-        ax.plot([100 * v for v in f.by_seed.values()], [y + .12] * d.n, '.', color='#0072B2', ms=5, alpha=.5)
-        ax.plot([100 * d.low, 100 * d.high], [y + .12] * 2, color='#0072B2', lw=2)
-        ax.plot(100 * d.mean, y + .12, 'o', color='#0072B2')
-    ax.set(yticks=range(len(findings)), yticklabels=[f.text for f in findings], xlabel='difference in mAP, points: blue on the city, grey published')
+        ax.plot(theirs, [y - 0.2] * len(theirs), 'd', color='.6', ms=4)
+        ax.plot(
+            [100 * v for v in f.by_seed.values()], [y + 0.12] * d.n, '.', color='#0072B2', ms=5, alpha=0.5
+        )
+        ax.plot([100 * d.low, 100 * d.high], [y + 0.12] * 2, color='#0072B2', lw=2)
+        ax.plot(100 * d.mean, y + 0.12, 'o', color='#0072B2')
+    ax.set(
+        yticks=range(len(findings)),
+        yticklabels=[f.text for f in findings],
+        xlabel='difference in mAP, points: blue on the city, grey published',
+    )
     ax.invert_yaxis()
-    ax.axvline(0, color='k', lw=.8)
+    ax.axvline(0, color='k', lw=0.8)
     plt.close(fig)
     return fig
 
 # %% ../nbs/09b_studies.ipynb #ddfbfa57
-TABLES = dict(clusterers='1', rules='2', backbones='4')                   # which table of the paper a study repeats
-ARCHS = dict(resnet50=('resnet50', 'V1'), resnet50_v2=('resnet50', 'V2'), resnet_ibn50a=('resnet_ibn50a', 'V1'))
+TABLES = dict(clusterers='1', rules='2', backbones='4')  # which table of the paper a study repeats
+ARCHS = dict(
+    resnet50=('resnet50', 'V1'), resnet50_v2=('resnet50', 'V2'), resnet_ibn50a=('resnet_ibn50a', 'V1')
+)
+
 
 def read_published(path) -> list:  # of dicts: study, dataset, settings (a dict), mAP, rank1 in percent
     "The paper's tables as rows of studies."
     studies = {table: study for study, table in TABLES.items()}
-    with open(path) as file: lines = list(csv.DictReader(file))
+    with open(path) as file:
+        lines = list(csv.DictReader(file))
+
     def settings(r):
         arch, weights = ARCHS[r['backbone']]
-        return dict(clustering=r['clusterer'], cm_mode=r['memory_rule'], loss_with_camera=r['cie'] == '1', warmup_with_dbscan=r['dbscan_warmup'] != '0',
-                    arch=arch, resnet_pretrained=weights)
-    return [dict(study=studies[r['table']], dataset=r['dataset'], settings=settings(r), mAP=float(r['mAP']), rank1=r['rank1']) for r in lines]
+        return dict(
+            clustering=r['clusterer'],
+            cm_mode=r['memory_rule'],
+            loss_with_camera=r['cie'] == '1',
+            warmup_with_dbscan=r['dbscan_warmup'] != '0',
+            arch=arch,
+            resnet_pretrained=weights,
+        )
+
+    return [
+        dict(
+            study=studies[r['table']],
+            dataset=r['dataset'],
+            settings=settings(r),
+            mAP=float(r['mAP']),
+            rank1=r['rank1'],
+        )
+        for r in lines
+    ]
+
 
 def published_differences(claim: Claim, published: list) -> list:  # of `read_published`; points
     "The differences of a claim in the published tables, over the three data sets."
     rows = [r for r in published if r['study'] == claim.study]
-    def fits(r): return all(r['settings'][n] in (v if isinstance(v, tuple) else (v,)) for n, v in claim.rows.items())
-    return [r['mAP'] - q['mAP'] for r in rows if fits(r) and r['settings'][claim.setting] == claim.better
-            for q in rows if q['dataset'] == r['dataset'] and q['settings'] == r['settings'] | {claim.setting: claim.other}]
+
+    def fits(r):
+        return all(r['settings'][n] in (v if isinstance(v, tuple) else (v,)) for n, v in claim.rows.items())
+
+    return [
+        r['mAP'] - q['mAP']
+        for r in rows
+        if fits(r) and r['settings'][claim.setting] == claim.better
+        for q in rows
+        if q['dataset'] == r['dataset'] and q['settings'] == r['settings'] | {claim.setting: claim.other}
+    ]
 
 # %% ../nbs/09b_studies.ipynb #c6cc8270
-HEADS = dict(clustering='clusterer', cm_mode='rule', loss_with_camera='CIE', warmup_with_dbscan='warm-up', num_clusters='K', arch='network', resnet_pretrained='weights')
+HEADS = dict(
+    clustering='clusterer',
+    cm_mode='rule',
+    loss_with_camera='CIE',
+    warmup_with_dbscan='warm-up',
+    num_clusters='K',
+    arch='network',
+    resnet_pretrained='weights',
+)
+
 
 def _shown(value):
     "A setting as a cell of a table."
     return ('yes' if value else 'no') if isinstance(value, bool) else str(value).removeprefix('timm:tf_')
 
-def comparison_table(study: str, base: Config, runs: dict, published: list) -> str:  # as of `results` and `read_published` -> Markdown
-    "A study beside the published numbers: mAP / Rank-1 of the paper, mean ± standard deviation of ours; blank where nothing was run."
+
+def comparison_table(
+    study: str, base: Config, runs: dict, published: list
+) -> str:  # as of `results` and `read_published` -> Markdown
+    """A study beside the published numbers: mAP / Rank-1 of the paper, mean ± standard deviation of ours;
+    blank where nothing was run."""
     names, datasets = list(dict.fromkeys(n for row in STUDIES[study] for n in row)), list(BENCHMARKS)
-    theirs = {(r['dataset'], run_key(replace(study_base(r['dataset']), **r['settings']))): f'{r["mAP"]:g} / {r["rank1"]}' for r in published if r['study'] == study}
+    theirs = {
+        (
+            r['dataset'],
+            run_key(replace(study_base(r['dataset']), **r['settings'])),
+        ): f'{r["mAP"]:g} / {r["rank1"]}'
+        for r in published
+        if r['study'] == study
+    }
     heads = [*(HEADS[n] for n in names), *datasets, '**city** mAP', 'Rank-1', 'best*', 'seeds']
     lines = ['| ' + ' | '.join(heads) + ' |', '|---' * len(heads) + '|']
     for row, config in study_rows(study, base):
-        ours = [spread(scores(config, runs, *which).values()) for which in (('mAP',), ('rank1',), ('mAP', 'best'))]
-        paper = [theirs.get((d, run_key(replace(study_base(d), **fitted(row, study_base(d))))), '') for d in datasets]
+        ours = [
+            spread(scores(config, runs, *which).values()) for which in (('mAP',), ('rank1',), ('mAP', 'best'))
+        ]
+        paper = [
+            theirs.get((d, run_key(replace(study_base(d), **fitted(row, study_base(d))))), '')
+            for d in datasets
+        ]
         cells = [_shown(getattr(config, n)) if n in row else '' for n in names]
         lines.append('| ' + ' | '.join([*cells, *paper, *ours, str(len(scores(config, runs)) or '')]) + ' |')
     return '\n'.join(lines)

@@ -18,38 +18,54 @@ def _array(a, dtype=None):
     "`a` as a numpy array; tensors of any device and floating type come along."
     if hasattr(a, 'detach'):
         a = a.detach().cpu()
-        if a.is_floating_point(): a = a.float()       # numpy has no bfloat16
+        if a.is_floating_point():
+            a = a.float()  # numpy has no bfloat16
     return np.asarray(a, dtype=dtype)
+
 
 def _per_point(name, a, n):
     "One value for each of `n` points as an array, or None; anything else is an error."
-    if a is None: return None
+    if a is None:
+        return None
     a = _array(a)
-    if a.shape != (n,): raise ValueError(f"{name} must hold one value for each of the {n} points, got shape {a.shape}")
+    if a.shape != (n,):
+        raise ValueError(f"{name} must hold one value for each of the {n} points, got shape {a.shape}")
     return a
+
 
 def _embeddings(x):
     "`x` as a finite float32 matrix."
     x = _array(x, np.float32)
-    if x.ndim != 2 or not x.size: raise ValueError(f"x must be (N, D) with at least one row and column, got shape {x.shape}")
-    if not np.isfinite(x).all(): raise ValueError(f"x must be finite, got {int((~np.isfinite(x)).any(1).sum())} rows with NaN or infinity")
+    if x.ndim != 2 or not x.size:
+        raise ValueError(f"x must be (N, D) with at least one row and column, got shape {x.shape}")
+    if not np.isfinite(x).all():
+        raise ValueError(
+            f"x must be finite, got {int((~np.isfinite(x)).any(1).sum())} rows with NaN or infinity"
+        )
     return x
 
 # %% ../nbs/00_viz.ipynb #b33772fb
 def _neighbours(x, k, known=None):
-    "Exact `k` nearest rows, the row itself first: `(indices, distances)`, both (N, k); cut from those `known`, `(squared distances, indices)`, if there are any."
+    """Exact `k` nearest rows, the row itself first: `(indices, distances)`, both (N, k); cut from those
+    `known`, `(squared distances, indices)`, if there are any."""
     if known is None:
         from sklearn.neighbors import NearestNeighbors
+
         d, i = NearestNeighbors(n_neighbors=k, algorithm='brute').fit(x).kneighbors(x)
-        d[i == np.arange(len(x))[:, None]] = 0                  # rounding leaves up to 1e-3 there
+        d[i == np.arange(len(x))[:, None]] = 0  # rounding leaves up to 1e-3 there
         return i.astype(np.int32), d.astype(np.float32)
     squared, i = map(_array, known)
     if squared.shape != i.shape or i.ndim != 2 or len(i) != len(x) or i.shape[1] < k:
-        raise ValueError(f"neighbors must be squared distances and ids, both ({len(x)}, {k} or more), got shapes {squared.shape} and {i.shape}")
+        raise ValueError(
+            f"neighbors must be squared distances and ids, both ({len(x)}, {k} or more), got shapes"
+            f" {squared.shape} and {i.shape}"
+        )
     return i[:, :k].astype(np.int32), np.sqrt(squared[:, :k], dtype=np.float32)
 
+
 def _yardsticks(d):
-    "For each row of neighbour distances (N, k): the nearest, and sigma with sum exp(-(d - nearest)+ / sigma) = log2 k, by bisection as umap-learn does it."
+    """For each row of neighbour distances (N, k): the nearest, and sigma with sum exp(-(d - nearest)+ /
+    sigma) = log2 k, by bisection as umap-learn does it."""
     some = d > 0
     near = np.where(some.any(1), np.where(some, d, np.inf).min(1), 0)[:, None]
     over, goal = np.maximum(d[:, 1:] - near, 0), np.log2(d.shape[1])
@@ -61,15 +77,18 @@ def _yardsticks(d):
     floor = 1e-3 * np.where(near[:, 0] > 0, d.mean(1), d.mean())
     return near, np.maximum(sigma, floor)[:, None]
 
+
 def _memberships(indices, d):
     "UMAP's graph (N, N), symmetric, of exact neighbours and their distances, both (N, k)."
     from scipy.sparse import csr_array
+
     (n, k), (near, sigma) = d.shape, _yardsticks(d.astype(np.float64))
     w = np.exp(-np.maximum(d - near, 0) / np.maximum(sigma, 1e-300))
-    w[indices == np.arange(n)[:, None]] = 0                      # nobody is its own neighbour
+    w[indices == np.arange(n)[:, None]] = 0  # nobody is its own neighbour
     one_way = csr_array((w.ravel().astype(np.float32), indices.ravel(), np.arange(n + 1) * k), shape=(n, n))
     one_way.eliminate_zeros()
     return (one_way + one_way.T - one_way * one_way.T).tocoo()
+
 
 def _pca(x):
     "Two leading principal components of `x`, signs fixed, scaled to reach 10."
@@ -81,86 +100,126 @@ def _pca(x):
 
 # %% ../nbs/00_viz.ipynb #4ebf5bff
 def _turned_onto(xy, anchor):
-    "The map shifted and turned (a mirror image if need be) to lie on another of the same points: UMAP's maps drift as a whole, which means nothing."
+    """The map shifted and turned (a mirror image if need be) to lie on another of the same points: UMAP's
+    maps drift as a whole, which means nothing."""
     from scipy.linalg import orthogonal_procrustes
+
     centred, goal = xy - xy.mean(0), anchor - anchor.mean(0)
     return (centred @ orthogonal_procrustes(centred, goal)[0] + anchor.mean(0)).astype(np.float32)
 
 # %% ../nbs/00_viz.ipynb #c32a39f4
 def _layout(x, graph, start, random_state):
-    "umap-learn's layout of a graph from a start (N, 2): joined points attract, others repel. min_dist 0.8 keeps dots apart that would hide each other."
+    """umap-learn's layout of a graph from a start (N, 2): joined points attract, others repel. min_dist
+    0.8 keeps dots apart that would hide each other."""
     import warnings
+
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')                # it warns of graphs in several pieces, which clusters are
+        warnings.simplefilter('ignore')  # it warns of graphs in several pieces, which clusters are
         from umap.umap_ import find_ab_params, simplicial_set_embedding
-        xy, _ = simplicial_set_embedding(x, graph, 2, 1., *find_ab_params(1., .8), 1., 5, None, start, np.random.RandomState(random_state), 'euclidean', {}, False, {}, False)
+
+        xy, _ = simplicial_set_embedding(
+            x,
+            graph,
+            2,
+            1.0,
+            *find_ab_params(1.0, 0.8),
+            1.0,
+            5,
+            None,
+            start,
+            np.random.RandomState(random_state),
+            'euclidean',
+            {},
+            False,
+            {},
+            False,
+        )
     return xy.astype(np.float32)
 
 # %% ../nbs/00_viz.ipynb #ba1d383e
-def umap_map(x,               # embeddings (N, D), finite; with unit norm the map is one of cosine distances too
-             n_neighbors: int = 15,  # neighbours that each point keeps close, itself included; cut to N
-             init=None,       # starting map (N, 2), e.g. that of the epoch before; None: principal components
-             random_state: int = 0,  # seed of UMAP's sampling
-             neighbors=None,  # what `knn(x, k)` gave the label step, squared distances and ids (N, k) with k >= n_neighbors; None: searched here
-            ) -> np.ndarray:  # map (N, 2) float32; under 5 points the start itself
+def umap_map(
+    x,  # embeddings (N, D), finite; with unit norm the map is one of cosine distances too
+    n_neighbors: int = 15,  # neighbours that each point keeps close, itself included; cut to N
+    init=None,  # starting map (N, 2), e.g. that of the epoch before; None: principal components
+    random_state: int = 0,  # seed of UMAP's sampling
+    neighbors=None,  # what `knn(x, k)` gave the label step, squared distances and ids (N, k) with k >= n_neighbors; None: searched here
+) -> np.ndarray:  # map (N, 2) float32; under 5 points the start itself
     "Two-dimensional map of the rows of `x`: UMAP (arXiv 1802.03426) on exact Euclidean neighbours."
     x = _embeddings(x)
     start = _pca(x) if init is None else _array(init, np.float32)
-    if start.shape != (len(x), 2): raise ValueError(f"init must be a map ({len(x)}, 2), got shape {start.shape}")
-    if n_neighbors < 2: raise ValueError(f"n_neighbors counts the point itself and must be at least 2, got {n_neighbors}")
-    if len(x) < 5: return start                       # too few for a graph of neighbours to say anything
-    if (np.ptp(start, 0) == 0).any(): start = start + np.random.default_rng(random_state).normal(0, 1e-3, start.shape).astype(np.float32)  # UMAP divides by the range
+    if start.shape != (len(x), 2):
+        raise ValueError(f"init must be a map ({len(x)}, 2), got shape {start.shape}")
+    if n_neighbors < 2:
+        raise ValueError(f"n_neighbors counts the point itself and must be at least 2, got {n_neighbors}")
+    if len(x) < 5:
+        return start  # too few for a graph of neighbours to say anything
+    if (np.ptp(start, 0) == 0).any():
+        # UMAP divides by the range
+        start = start + np.random.default_rng(random_state).normal(0, 1e-3, start.shape).astype(np.float32)
     xy = _layout(x, _memberships(*_neighbours(x, min(n_neighbors, len(x)), neighbors)), start, random_state)
     return xy if init is None else _turned_onto(xy, start)
 
 # %% ../nbs/00_viz.ipynb #db516774
-def sample_points(n: int,          # points there are
-                  max_points,      # most to keep; None keeps all
-                  seed: int = 0,   # of the draw
-                 ) -> np.ndarray:  # positions, ascending int64
+def sample_points(
+    n: int,  # points there are
+    max_points,  # most to keep; None keeps all
+    seed: int = 0,  # of the draw
+) -> np.ndarray:  # positions, ascending int64
     "Positions of at most `max_points` of `n` points, each as likely as any other."
-    if max_points is None or n <= max_points: return np.arange(n)
+    if max_points is None or n <= max_points:
+        return np.arange(n)
     return np.sort(np.random.default_rng(seed).choice(n, max_points, replace=False))
 
 # %% ../nbs/00_viz.ipynb #deeaa1f7
 # Okabe and Ito's colours without black (text) and yellow (too faint on white), with a brown and an indigo.
 _COLOURS = ['#0072B2', '#E69F00', '#009E73', '#D55E00', '#56B4E9', '#CC79A7', '#8C510A', '#332288']
-_MARKERS = ['o', 's', '^', 'D', 'v', 'P', 'h', '<', 'p', '>', '*']    # none of them a cross: that is for outliers
+# none of them a cross: that is for outliers
+_MARKERS = ['o', 's', '^', 'D', 'v', 'P', 'h', '<', 'p', '>', '*']
 _GREY, _PALE, _RIGHT, _WRONG = '#9a9a9a', '#c3d3e3', '#009E73', '#D55E00'
+
 
 def _style(j):
     "Colour and marker of group `j` of a few."
     return _COLOURS[j % 8], _MARKERS[j % 11]
 
+
 def _coloured(groups, most=24, largest=12):
-    "The groups that a picture draws apart: all of up to `most`, else only the `largest`, by members (ties: lower numbers)."
+    """The groups that a picture draws apart: all of up to `most`, else only the `largest`, by members
+    (ties: lower numbers)."""
     ids, sizes = np.unique(groups[groups >= 0], return_counts=True)
     return ids if len(ids) <= most else np.sort(ids[np.argsort(-sizes, kind='stable')[:largest]])
 
 # %% ../nbs/00_viz.ipynb #7549108f
-_MOST_COLOURS = 2000                                   # beyond, colours repeat
-_EYES = ('deuteranomaly', 'protanomaly', 'tritanomaly')  # of full severity these are deuteranopia, protanopia, tritanopia
+_MOST_COLOURS = 2000  # beyond, colours repeat
+# of full severity these are deuteranopia, protanopia, tritanopia
+_EYES = ('deuteranomaly', 'protanomaly', 'tritanomaly')
+
 
 def _seen(rgb, eye=None):
     "Colours (K, 3) in [0, 1] as points (K, 3) of CAM02-UCS, for normal sight or as one of `_EYES` sees them."
     from colorspacious import cspace_convert
-    if eye: rgb = np.clip(cspace_convert(rgb, dict(name='sRGB1+CVD', cvd_type=eye, severity=100), 'sRGB1'), 0, 1)
+
+    if eye:
+        rgb = np.clip(cspace_convert(rgb, dict(name='sRGB1+CVD', cvd_type=eye, severity=100), 'sRGB1'), 0, 1)
     return cspace_convert(rgb, 'sRGB1', 'CAM02-UCS')
+
 
 def _luminance(rgb):
     "Relative luminance of sRGB colours (K, 3), as WCAG defines it for contrast."
-    return np.where(rgb <= .04045, rgb / 12.92, ((rgb + .055) / 1.055) ** 2.4) @ [.2126, .7152, .0722]
+    return np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722]
+
 
 @cache
 def _palette(n):
     "`n` colours (n, 3), each as unlike those before it as can be; the first k are a palette of k."
     levels = np.linspace(0, 1, 21)
     rgb = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(-1, 3)
-    rgb = rgb[(_luminance(rgb) > .0612) & (_luminance(rgb) < .475)]     # contrast 2 with #111111 and with white
+    # contrast 2 with #111111 and with white
+    rgb = rgb[(_luminance(rgb) > 0.0612) & (_luminance(rgb) < 0.475)]
     seen = _seen(rgb)
     lively = np.hypot(*seen.T[1:]) > 16
     rgb, seen = rgb[lively], seen[lively]
-    taken = _seen(np.array([[1, 1, 1], [0, 0, 0], [154 / 255] * 3]))    # paper, text, outliers
+    taken = _seen(np.array([[1, 1, 1], [0, 0, 0], [154 / 255] * 3]))  # paper, text, outliers
     gap = ((seen[:, None] - taken) ** 2).sum(-1).min(1)
     chosen = []
     for _ in range(n):
@@ -170,96 +229,122 @@ def _palette(n):
 
 # %% ../nbs/00_viz.ipynb #c38622c0
 def _adjacent(labels, xy):
-    "Clusters `ids` (K,) of a map and how much they are neighbours there (K, K), symmetric: shares of the 15 nearest points, and the six nearest centres."
+    """Clusters `ids` (K,) of a map and how much they are neighbours there (K, K), symmetric: shares of the
+    15 nearest points, and the six nearest centres."""
     from scipy.spatial import cKDTree
+
     inside = labels >= 0
     at = np.asarray(xy, float)[inside]
     ids, j, sizes = np.unique(labels[inside], return_inverse=True, return_counts=True)
     a = np.zeros((len(ids), len(ids)))
-    if len(ids) < 2: return ids, a
+    if len(ids) < 2:
+        return ids, a
     near = cKDTree(at).query(at, min(16, len(at)))[1]
     np.add.at(a, (np.repeat(j, near.shape[1]), j[near].ravel()), 1)
     a /= a.sum(1, keepdims=True)
     centres = np.stack([np.bincount(j, c) for c in at.T], 1) / sizes[:, None]
     near = cKDTree(centres).query(centres, min(7, len(ids)))[1]
-    np.add.at(a, (np.repeat(np.arange(len(ids)), near.shape[1]), near.ravel()), .1)
+    np.add.at(a, (np.repeat(np.arange(len(ids)), near.shape[1]), near.ravel()), 0.1)
     np.fill_diagonal(a, 0)
     return ids, a + a.T
 
+
 @cache
 def _alike(n):
-    "How alike the first `n` colours of the palette are (n, n): 1 / (3 + distance)², the distance as the eye sees it that sees it smallest."
+    """How alike the first `n` colours of the palette are (n, n): 1 / (3 + distance)², the distance as the
+    eye sees it that sees it smallest."""
     rgb = _palette(n)
-    eyes = [_seen(rgb) * [.5, 1, 1], *(_seen(rgb, eye) for eye in _EYES)]
-    squared = [np.maximum((s ** 2).sum(1)[:, None] + (s ** 2).sum(1) - 2 * s @ s.T, 0) for s in eyes]
+    eyes = [_seen(rgb) * [0.5, 1, 1], *(_seen(rgb, eye) for eye in _EYES)]
+    squared = [np.maximum((s**2).sum(1)[:, None] + (s**2).sum(1) - 2 * s @ s.T, 0) for s in eyes]
     return 1 / (3 + np.sqrt(np.min(squared, 0))) ** 2
 
+
 def _exchanged(colour, adjacent, alike, movable, sweeps=6):
-    "Colours (K,) of clusters, exchanged among those `movable` (their places) until no exchange makes neighbours more unlike."
-    cost = adjacent @ alike[colour]                    # (K, colours): what each colour would cost each cluster
+    """Colours (K,) of clusters, exchanged among those `movable` (their places) until no exchange makes
+    neighbours more unlike."""
+    cost = adjacent @ alike[colour]  # (K, colours): what each colour would cost each cluster
     for _ in range(sweeps):
         exchanges = 0
         for i in movable:
             mine, theirs = colour[i], colour[movable]
             gain = cost[i, mine] + cost[movable, theirs] - cost[i, theirs] - cost[movable, mine]
-            gain += adjacent[i, movable] * (alike[mine, mine] + alike[theirs, theirs] - 2 * alike[mine, theirs])
+            gain += adjacent[i, movable] * (
+                alike[mine, mine] + alike[theirs, theirs] - 2 * alike[mine, theirs]
+            )
             k = movable[gain.argmax()]
-            if gain.max() < 1e-9: continue
+            if gain.max() < 1e-9:
+                continue
             weight = adjacent[:, i] - adjacent[:, k]
             rows = np.flatnonzero(weight)
             cost[rows] += weight[rows, None] * (alike[colour[k]] - alike[mine])
             colour[i], colour[k] = colour[k], mine
             exchanges += 1
-        if not exchanges: break
+        if not exchanges:
+            break
     return colour
 
 # %% ../nbs/00_viz.ipynb #68f959e0
 def _label_epochs(labels, xy):
     "Labels (E, N), and for each epoch its map or None: `xy` is (E, N, 2), or that of the last epoch."
     labels = np.atleast_2d(_array(labels))
-    if labels.ndim != 2 or labels.dtype.kind not in 'iu': raise ValueError(f"labels must be integers, (N,) or (E, N), got shape {labels.shape} of {labels.dtype}")
-    if xy is None: return labels, [None] * len(labels)
+    if labels.ndim != 2 or labels.dtype.kind not in 'iu':
+        raise ValueError(
+            f"labels must be integers, (N,) or (E, N), got shape {labels.shape} of {labels.dtype}"
+        )
+    if xy is None:
+        return labels, [None] * len(labels)
     xy = _array(xy, np.float32)
     if xy.shape not in ((*labels.shape, 2), (labels.shape[1], 2)):
-        raise ValueError(f"xy must be the map of the last epoch, {(labels.shape[1], 2)}, or of every epoch, {(*labels.shape, 2)}; got shape {xy.shape}")
+        raise ValueError(
+            f"xy must be the map of the last epoch, {(labels.shape[1], 2)}, or of every epoch,"
+            f" {(*labels.shape, 2)}; got shape {xy.shape}"
+        )
     return labels, list(xy) if xy.ndim == 3 else [None] * (len(labels) - 1) + [xy]
 
+
 def _free(n, taken):
-    "The first `n` colours of the palette that are not among those `taken`; beyond `_MOST_COLOURS` they repeat."
+    """The first `n` colours of the palette that are not among those `taken`; beyond `_MOST_COLOURS` they
+    repeat."""
     free = np.setdiff1d(np.arange(min(_MOST_COLOURS, n + len(taken))), taken)
     return np.resize(free if len(free) else np.arange(_MOST_COLOURS), n)
 
 # %% ../nbs/00_viz.ipynb #7adc78a8
-def cluster_colors(labels,   # (N,) int, -1 = outlier; or (E, N), successive epochs under numbers that stay: the last decides
-                   xy=None,  # its map (N, 2), or every epoch's (E, N, 2): neighbours get colours far apart; None: no neighbours are known
-                  ) -> np.ndarray:  # (K, 3) floats in [0, 1] of clusters 0..K-1, K = highest label + 1; none of them grey
+def cluster_colors(
+    labels,  # (N,) int, -1 = outlier; or (E, N), successive epochs under numbers that stay: the last decides
+    xy=None,  # its map (N, 2), or every epoch's (E, N, 2): neighbours get colours far apart; None: no neighbours are known
+) -> np.ndarray:  # (K, 3) floats in [0, 1] of clusters 0..K-1, K = highest label + 1; none of them grey
     "A colour of its own for each cluster of an epoch, readable on white and on dark ground."
     labels, maps = _label_epochs(labels, xy)
     colour = np.full(max(0, int(labels.max(initial=-1)) + 1), -1)
     ids = [np.unique(l[l >= 0]) for l in labels]
     for e in reversed(range(len(labels))):
         new = ids[e][colour[ids[e]] < 0]
-        earlier = np.unique(np.concatenate(ids[:e + 1]))
+        earlier = np.unique(np.concatenate(ids[: e + 1]))
         colour[new] = _free(len(new), np.unique(colour[earlier[colour[earlier] >= 0]]))
-        if maps[e] is None or not 1 < len(ids[e]) <= _MOST_COLOURS: continue
+        if maps[e] is None or not 1 < len(ids[e]) <= _MOST_COLOURS:
+            continue
         alike = _alike(int(colour.max()) + 1)
-        colour[ids[e]] = _exchanged(colour[ids[e]], _adjacent(labels[e], maps[e])[1], alike, np.flatnonzero(np.isin(ids[e], new)))
-    gone = np.flatnonzero(colour < 0)                  # numbers that no label has
+        colour[ids[e]] = _exchanged(
+            colour[ids[e]], _adjacent(labels[e], maps[e])[1], alike, np.flatnonzero(np.isin(ids[e], new))
+        )
+    gone = np.flatnonzero(colour < 0)  # numbers that no label has
     colour[gone] = _free(len(gone), np.unique(colour[colour >= 0]))
     return _palette(int(colour.max(initial=-1)) + 1)[colour]
 
 # %% ../nbs/00_viz.ipynb #de55fce6
-def cluster_markers(labels,   # as of `cluster_colors`
-                    xy=None,  # likewise
-                   ) -> list:  # matplotlib marker of each of the clusters 0..K-1; none of them a cross
-    "A shape for each cluster, so that neighbours on the map differ in it: eleven shapes, each used about as often as any other."
+def cluster_markers(
+    labels,  # as of `cluster_colors`
+    xy=None,  # likewise
+) -> list:  # matplotlib marker of each of the clusters 0..K-1; none of them a cross
+    """A shape for each cluster, so that neighbours on the map differ in it: eleven shapes, each used about
+    as often as any other."""
     labels, maps = _label_epochs(labels, xy)
     k = max(0, int(labels.max(initial=-1)) + 1)
     shape = np.arange(k) % len(_MARKERS)
     if maps[-1] is not None:
         ids, adjacent = _adjacent(labels[-1], maps[-1])
         shape[ids] = -1
-        for i in np.argsort(-(adjacent > 0).sum(1), kind='stable'):     # the most surrounded first
+        for i in np.argsort(-(adjacent > 0).sum(1), kind='stable'):  # the most surrounded first
             around, used = shape[ids], np.bincount(shape[ids][shape[ids] >= 0], minlength=len(_MARKERS))
             beside = np.bincount(around[around >= 0], adjacent[i, around >= 0], len(_MARKERS))
             shape[ids[i]] = np.lexsort((used, beside.round(6)))[0]
@@ -268,69 +353,119 @@ def cluster_markers(labels,   # as of `cluster_colors`
 # %% ../nbs/00_viz.ipynb #3f606388
 def _draw_outliers(ax, xy, size=16):
     "Points without a cluster: small grey crosses, under everything else."
-    if len(xy): ax.scatter(*xy.T, s=.75 * size, c=_GREY, marker='x', linewidths=.8, zorder=1)
+    if len(xy):
+        ax.scatter(*xy.T, s=0.75 * size, c=_GREY, marker='x', linewidths=0.8, zorder=1)
+
 
 def _dot_size(n):
     "Area of a dot on a map of `n` points."
     return float(np.clip(7000 / max(n, 1), 5, 16))
 
+
 def _draw_dots(ax, xy, groups, colours, markers, size=16):
-    "Dots in the colour and shape of their group (arrays by group number); values below 0 are drawn as outliers. One call a shape, as there may be hundreds of groups."
+    """Dots in the colour and shape of their group (arrays by group number); values below 0 are drawn as
+    outliers. One call a shape, as there may be hundreds of groups."""
     _draw_outliers(ax, xy[groups < 0], size)
-    shape = np.where(groups < 0, '', np.asarray(markers)[groups]) if len(markers) else np.full(len(groups), '')
+    shape = (
+        np.where(groups < 0, '', np.asarray(markers)[groups]) if len(markers) else np.full(len(groups), '')
+    )
     for marker in _MARKERS:
         at = shape == marker
-        if at.any(): ax.scatter(*xy[at].T, s=size, c=colours[groups[at]], marker=marker, linewidths=.2, edgecolors='white', zorder=2)
+        if at.any():
+            ax.scatter(
+                *xy[at].T,
+                s=size,
+                c=colours[groups[at]],
+                marker=marker,
+                linewidths=0.2,
+                edgecolors='white',
+                zorder=2,
+            )
 
-def _draw_hulls(ax, xy, groups, ids, colours, share=.9):
-    "A shape behind each of the groups `ids`: the hull of the `share` of its points that lie nearest its middle; none where they lie on a line."
+
+def _draw_hulls(ax, xy, groups, ids, colours, share=0.9):
+    """A shape behind each of the groups `ids`: the hull of the `share` of its points that lie nearest its
+    middle; none where they lie on a line."""
     from scipy.spatial import ConvexHull, QhullError
+
     for j in ids:
         at = xy[groups == j]
-        at = at[((at - np.median(at, 0)) ** 2).sum(1).argsort()[:max(3, round(share * len(at)))]]
-        if len(at) < 3: continue
-        try: hull = at[ConvexHull(at).vertices]
-        except QhullError: continue
-        ax.fill(*hull.T, facecolor=(*colours[j], .14), edgecolor=(*colours[j], .8), linewidth=.8, zorder=1.5)
+        at = at[((at - np.median(at, 0)) ** 2).sum(1).argsort()[: max(3, round(share * len(at)))]]
+        if len(at) < 3:
+            continue
+        try:
+            hull = at[ConvexHull(at).vertices]
+        except QhullError:
+            continue
+        ax.fill(
+            *hull.T, facecolor=(*colours[j], 0.14), edgecolor=(*colours[j], 0.8), linewidth=0.8, zorder=1.5
+        )
+
 
 def _number_groups(ax, xy, groups, ids, names):
     "Writes the names of the groups `ids` at their middles."
     import matplotlib.patheffects as pe
+
     for j in ids:
         at = xy[groups == j]
-        middle = at[((at - np.median(at, 0)) ** 2).sum(1).argmin()]           # a member: groups may lie in several pieces
-        ax.annotate(str(names[j]), middle, (0, 3), textcoords='offset points', fontsize=8, ha='center', zorder=3,
-                    path_effects=[pe.withStroke(linewidth=2, foreground='white')])
+        # a member: groups may lie in several pieces
+        middle = at[((at - np.median(at, 0)) ** 2).sum(1).argmin()]
+        ax.annotate(
+            str(names[j]),
+            middle,
+            (0, 3),
+            textcoords='offset points',
+            fontsize=8,
+            ha='center',
+            zorder=3,
+            path_effects=[pe.withStroke(linewidth=2, foreground='white')],
+        )
+
 
 def _draw_groups(ax, xy, groups, size=16, coloured=None):
-    "For a few groups: one colour and marker for each value of `groups`, or only for those in `coloured`, the others alike and pale; values below 0 are drawn as outliers."
+    """For a few groups: one colour and marker for each value of `groups`, or only for those in `coloured`,
+    the others alike and pale; values below 0 are drawn as outliers."""
     _draw_outliers(ax, xy[groups < 0], size)
     ids = np.unique(groups[groups >= 0])
     pale = (groups >= 0) & ~np.isin(groups, ids if coloured is None else coloured)
-    if pale.any(): ax.scatter(*xy[pale].T, s=.7 * size, c=_PALE, linewidths=.3, edgecolors='#8fa3b8', zorder=1.5)
+    if pale.any():
+        ax.scatter(*xy[pale].T, s=0.7 * size, c=_PALE, linewidths=0.3, edgecolors='#8fa3b8', zorder=1.5)
     for j in ids if coloured is None else np.intersect1d(ids, coloured):
         colour, marker = _style(int(j))
-        ax.scatter(*xy[groups == j].T, s=size, c=colour, marker=marker, linewidths=.3, edgecolors='white', zorder=2, label=str(j))
+        ax.scatter(
+            *xy[groups == j].T,
+            s=size,
+            c=colour,
+            marker=marker,
+            linewidths=0.3,
+            edgecolors='white',
+            zorder=2,
+            label=str(j),
+        )
 
 # %% ../nbs/00_viz.ipynb #195e3649
 def _bare(ax):
     "No ticks: the axes of a map have no meaning."
     ax.set(xticks=[], yticks=[])
-    ax.margins(.08)
+    ax.margins(0.08)
     ax.set_aspect('equal', 'datalim')
 
 # %% ../nbs/00_viz.ipynb #4d06b2c7
-def draw_clusters(ax,     # matplotlib axes
-                  xy,     # map (N, 2)
-                  groups,  # (N,) int, below 0 = outlier
-                  title='',  # of the axes
-                  *, colors=None,  # (K, 3) by group number, as of `cluster_colors`; None: those of this map
-                  markers=None,    # K shapes, as of `cluster_markers`; None: those of this map
-                  numbers: int = 12):  # of more than 24 groups, so many get a hull and their number: the largest
-    "One map of clusters on axes of your own: each in its colour and shape, the largest with hull and number, outliers as grey crosses underneath."
+def draw_clusters(
+    ax,  # matplotlib axes
+    xy,  # map (N, 2)
+    groups,  # (N,) int, below 0 = outlier
+    title='',  # of the axes
+    *,
+    colors=None,  # (K, 3) by group number, as of `cluster_colors`; None: those of this map
+    markers=None,  # K shapes, as of `cluster_markers`; None: those of this map
+    numbers: int = 12,  # of more than 24 groups, so many get a hull and their number: the largest
+):
+    """One map of clusters on axes of your own: each in its colour and shape, the largest with hull and
+    number, outliers as grey crosses underneath."""
     groups, xy = _array(groups), _array(xy)
     ids = np.unique(groups[groups >= 0])
-    place = np.where(groups < 0, -1, np.searchsorted(ids, groups))            # numbers may be any; places are 0..K-1
+    place = np.where(groups < 0, -1, np.searchsorted(ids, groups))  # numbers may be any; places are 0..K-1
     colours = cluster_colors(place, xy) if colors is None else np.asarray(colors)[ids]
     shapes = cluster_markers(place, xy) if markers is None else [markers[j] for j in ids]
     _draw_dots(ax, xy, place, colours, shapes, _dot_size(len(xy)))
@@ -345,54 +480,85 @@ def _count(n, one, many=None):
     "'1 cluster', '3 clusters'."
     return f'{n:,} {one if n == 1 else many or one + "s"}'
 
+
 def _few(groups):
     "' (12 largest in colour)' where a picture draws only those apart."
     shown = len(_coloured(groups))
     return f' ({shown} largest in colour)' if shown < len(np.unique(groups[groups >= 0])) else ''
 
+
 def _cluster_title(groups):
     "'12 clusters, 24 outliers (grey)': of all points, drawn or not."
     out = int((groups < 0).sum())
-    return _count(len(np.unique(groups[groups >= 0])), 'cluster') + (f', {_count(out, "outlier")} (grey crosses)' if out else '')
+    return _count(len(np.unique(groups[groups >= 0])), 'cluster') + (
+        f', {_count(out, "outlier")} (grey crosses)' if out else ''
+    )
+
 
 def _panel_confidence(ax, xy, labels, confidence):
     "Confidence on a sequential scale; the least sure members lie on top, as they are the ones to look for."
     inside, size = np.ones(len(xy), bool) if labels is None else labels >= 0, _dot_size(len(xy))
     _draw_outliers(ax, xy[~inside], size)
     order = np.flatnonzero(inside)[np.argsort(-confidence[inside], kind='stable')]
-    low, high = np.percentile(confidence[order], [2, 98]) if len(order) else (0, 1)      # a few extremes must not take the whole scale
-    dots = ax.scatter(*xy[order].T, c=confidence[order], vmin=low, vmax=high, s=size, cmap='viridis', linewidths=.2, edgecolors='#555555', zorder=2)
-    if len(order): ax.figure.colorbar(dots, ax=ax, fraction=.045, pad=.02, extend='both')
+    # a few extremes must not take the whole scale
+    low, high = np.percentile(confidence[order], [2, 98]) if len(order) else (0, 1)
+    dots = ax.scatter(
+        *xy[order].T,
+        c=confidence[order],
+        vmin=low,
+        vmax=high,
+        s=size,
+        cmap='viridis',
+        linewidths=0.2,
+        edgecolors='#555555',
+        zorder=2,
+    )
+    if len(order):
+        ax.figure.colorbar(dots, ax=ax, fraction=0.045, pad=0.02, extend='both')
     ax.set_title('confidence' + ('' if inside.all() else ' (outliers grey)'))
+
 
 def _draw_camera(ax, xy, mine, size):
     "The points `mine` (N,) bool in blue on all others, pale."
-    ax.scatter(*xy[~mine].T, s=.6 * size, c='#d8d8d8', linewidths=0, zorder=1)
+    ax.scatter(*xy[~mine].T, s=0.6 * size, c='#d8d8d8', linewidths=0, zorder=1)
     ax.scatter(*xy[mine].T, s=size, c=_COLOURS[0], linewidths=0, zorder=2)
 
+
 def _panel_cameras(ax, xy, camids):
-    "The same map once for each camera, its images blue on those of all others: six colours at once are confetti."
+    """The same map once for each camera, its images blue on those of all others: six colours at once are
+    confetti."""
     cameras = np.unique(camids[camids >= 0])
     columns = int(np.ceil(np.sqrt(max(1, len(cameras)))))
     unit = (xy - xy.min(0)) / max(np.ptp(xy, axis=0).max(), 1e-9)
-    step = unit.max(0) + [.12, .2]
-    size = .7 * _dot_size(len(xy)) / columns ** .5
+    step = unit.max(0) + [0.12, 0.2]
+    size = 0.7 * _dot_size(len(xy)) / columns**0.5
     for k, camera in enumerate(cameras):
         at = unit + step * [k % columns, -(k // columns)]
         mine = camids == camera
         _draw_camera(ax, at, mine, size)
-        ax.text((at[:, 0].min() + at[:, 0].max()) / 2, at[:, 1].max() + .03, f'{camera}: {mine.mean():.0%}', fontsize=8, ha='center', va='bottom')
+        ax.text(
+            (at[:, 0].min() + at[:, 0].max()) / 2,
+            at[:, 1].max() + 0.03,
+            f'{camera}: {mine.mean():.0%}',
+            fontsize=8,
+            ha='center',
+            va='bottom',
+        )
     ax.set_title(_count(len(cameras), 'camera') + ', one at a time: share of images' + _bias_note(xy, camids))
+
 
 def _bias_note(xy, camids):
     "A second line: how many of an image's nearest on the map its own camera took, against chance."
     from ccc.labels import camera_bias
+
     return f'\n{camera_bias(xy, camids)} (on the map)' if (camids >= 0).sum() > 1 else ''
 
 # %% ../nbs/00_viz.ipynb #53e50c82
 def _follow(labels, before):
-    "`labels` renumbered so that each cluster has the number of the cluster of `before` that it shares most points with."
+    """`labels` renumbered so that each cluster has the number of the cluster of `before` that it shares
+    most points with."""
     from scipy.optimize import linear_sum_assignment
+
     both, k = (labels >= 0) & (before >= 0), int(labels.max(initial=-1)) + 1
     shared = np.zeros((k, int(before.max(initial=-1)) + 1), np.int64)
     np.add.at(shared, (labels[both], before[both]), 1)
@@ -404,131 +570,209 @@ def _follow(labels, before):
 
 # %% ../nbs/00_viz.ipynb #d3855447
 def _figure(n_panels, width=4.2, height=4.0):
-    "A figure of `n_panels` axes that pyplot forgets at once, so that a notebook shows it only when it is returned."
+    """A figure of `n_panels` axes that pyplot forgets at once, so that a notebook shows it only when it is
+    returned."""
     import matplotlib.pyplot as plt
+
     ncols = 2 if n_panels == 4 else min(n_panels, 3)
-    width, height = (width, height) if ncols < 3 else (3.6, 3.4)        # three in a row must still be read at the width of a page
-    fig, axes = plt.subplots(-(-n_panels // ncols), ncols, figsize=(width * ncols, height * -(-n_panels // ncols)), squeeze=False, layout='constrained', dpi=_dpi())
+    # three in a row must still be read at the width of a page
+    width, height = (width, height) if ncols < 3 else (3.6, 3.4)
+    fig, axes = plt.subplots(
+        -(-n_panels // ncols),
+        ncols,
+        figsize=(width * ncols, height * -(-n_panels // ncols)),
+        squeeze=False,
+        layout='constrained',
+        dpi=_dpi(),
+    )
     plt.close(fig)
     return fig, list(axes.flat)
+
 
 def _dpi():
     "Dots per inch of a figure: at least 110, so that small letters can be read where it is stored."
     import matplotlib as mpl
+
     return max(110, mpl.rcParams['figure.dpi'])
 
+
 def _draw_people(ax, xy, pids, labels):
-    "True identities; where there are clusters, an identity has the colour and shape of the cluster that shares most images with it."
+    """True identities; where there are clusters, an identity has the colour and shape of the cluster that
+    shares most images with it."""
     ids, place = np.unique(pids, return_inverse=True)
     place = np.where(pids < 0, -1, place - (ids < 0).sum())
     if labels is not None and (labels >= 0).any():
         followed = np.stack([_follow(place, labels), labels])
         number = np.zeros(int(place.max(initial=-1)) + 1, int)
         number[place[place >= 0]] = followed[0][place >= 0]
-        colours, shapes = cluster_colors(followed, xy)[number], np.array(cluster_markers(followed, xy))[number]
-    else: colours, shapes = cluster_colors(place, xy), np.array(cluster_markers(place, xy))
+        colours, shapes = (
+            cluster_colors(followed, xy)[number],
+            np.array(cluster_markers(followed, xy))[number],
+        )
+    else:
+        colours, shapes = cluster_colors(place, xy), np.array(cluster_markers(place, xy))
     _draw_dots(ax, xy, place, colours, shapes, _dot_size(len(xy)))
-    ax.set_title(_count(int((ids >= 0).sum()), 'true identity', 'true identities') + ('' if labels is None else ', in colours of their clusters'), fontsize=10)
+    ax.set_title(
+        _count(int((ids >= 0).sum()), 'true identity', 'true identities')
+        + ('' if labels is None else ', in colours of their clusters'),
+        fontsize=10,
+    )
+
 
 def _panels(keep, labels=None, confidence=None, camids=None, pids=None):
-    "What `plot_umap` draws of the points `keep`: a function of (axes, map) for each thing known; titles count all points."
+    """What `plot_umap` draws of the points `keep`: a function of (axes, map) for each thing known; titles
+    count all points."""
     draw, shown = [], None if labels is None else labels[keep]
-    if labels is not None: draw.append(lambda ax, xy: draw_clusters(ax, xy, shown, _cluster_title(labels)))
-    if confidence is not None: draw.append(lambda ax, xy: _panel_confidence(ax, xy, shown, confidence[keep]))
-    if camids is not None: draw.append(lambda ax, xy: _panel_cameras(ax, xy, camids[keep]))
-    if pids is not None: draw.append(lambda ax, xy: _draw_people(ax, xy, pids[keep], shown))
-    return draw or [lambda ax, xy: ax.scatter(*xy.T, s=_dot_size(len(xy)), c=_COLOURS[0], linewidths=.3, edgecolors='white')]
+    if labels is not None:
+        draw.append(lambda ax, xy: draw_clusters(ax, xy, shown, _cluster_title(labels)))
+    if confidence is not None:
+        draw.append(lambda ax, xy: _panel_confidence(ax, xy, shown, confidence[keep]))
+    if camids is not None:
+        draw.append(lambda ax, xy: _panel_cameras(ax, xy, camids[keep]))
+    if pids is not None:
+        draw.append(lambda ax, xy: _draw_people(ax, xy, pids[keep], shown))
+    return draw or [
+        lambda ax, xy: ax.scatter(
+            *xy.T, s=_dot_size(len(xy)), c=_COLOURS[0], linewidths=0.3, edgecolors='white'
+        )
+    ]
 
 # %% ../nbs/00_viz.ipynb #e0df9211
-def plot_umap(x=None,           # embeddings (N, D); may be None when `xy` is given
-              labels=None,      # pseudo-labels (N,) int, -1 = outlier: a panel of clusters
-              confidence=None,  # (N,) in [0, 1]: a panel on a sequential scale
-              camids=None,      # cameras (N,) int: a panel with a legend
-              pids=None,        # true identities (N,) int, negative = unknown: a panel
-              *, xy=None,       # a map (N, 2) computed before; None: `umap_map` of the points drawn
-              max_points=2000,  # draw at most so many, chosen at random and said in the title; None: all
-              title=None,       # line above the panels
-              n_neighbors: int = 15,  # for `umap_map`
-              random_state: int = 0,  # seed of the map and of the choice of points
-             ):                 # matplotlib Figure, closed, so that a notebook shows it once
-    "Map of embeddings with a panel for each thing given; outliers lie underneath as grey crosses. Mismatched lengths are a ValueError."
-    if x is None and xy is None: raise ValueError("plot_umap needs embeddings x or a map xy, got neither")
+def plot_umap(
+    x=None,  # embeddings (N, D); may be None when `xy` is given
+    labels=None,  # pseudo-labels (N,) int, -1 = outlier: a panel of clusters
+    confidence=None,  # (N,) in [0, 1]: a panel on a sequential scale
+    camids=None,  # cameras (N,) int: a panel with a legend
+    pids=None,  # true identities (N,) int, negative = unknown: a panel
+    *,
+    xy=None,  # a map (N, 2) computed before; None: `umap_map` of the points drawn
+    max_points=2000,  # draw at most so many, chosen at random and said in the title; None: all
+    title=None,  # line above the panels
+    n_neighbors: int = 15,  # for `umap_map`
+    random_state: int = 0,  # seed of the map and of the choice of points
+):  # matplotlib Figure, closed, so that a notebook shows it once
+    """Map of embeddings with a panel for each thing given; outliers lie underneath as grey crosses.
+    Mismatched lengths are a ValueError."""
+    if x is None and xy is None:
+        raise ValueError("plot_umap needs embeddings x or a map xy, got neither")
     points = _embeddings(x if xy is None else xy)
-    if xy is not None and points.shape[1] != 2: raise ValueError(f"xy must be (N, 2), got shape {points.shape}")
-    if xy is not None and x is not None and len(x) != len(points): raise ValueError(f"x and xy must have as many rows, got {len(x)} and {len(points)}")
-    given = {k: _per_point(k, v, len(points)) for k, v in dict(labels=labels, confidence=confidence, camids=camids, pids=pids).items()}
+    if xy is not None and points.shape[1] != 2:
+        raise ValueError(f"xy must be (N, 2), got shape {points.shape}")
+    if xy is not None and x is not None and len(x) != len(points):
+        raise ValueError(f"x and xy must have as many rows, got {len(x)} and {len(points)}")
+    given = {
+        k: _per_point(k, v, len(points))
+        for k, v in dict(labels=labels, confidence=confidence, camids=camids, pids=pids).items()
+    }
     keep = sample_points(len(points), max_points, random_state)
     at = umap_map(points[keep], n_neighbors, random_state=random_state) if xy is None else points[keep]
     draw = _panels(keep, **given)
     fig, axes = _figure(len(draw))
-    for ax, panel in zip(axes, draw): panel(ax, at); _bare(ax)
+    for ax, panel in zip(axes, draw):
+        panel(ax, at)
+        _bare(ax)
     sampled = f'{len(keep):,} of {len(points):,} points, drawn at random' if len(keep) < len(points) else None
-    if title or sampled: fig.suptitle(' · '.join(filter(None, [title, sampled])))
+    if title or sampled:
+        fig.suptitle(' · '.join(filter(None, [title, sampled])))
     return fig
 
 # %% ../nbs/00_viz.ipynb #7fbceff1
-def plot_confidence(confidence,        # (N,) in [0, 1]
-                    labels=None,       # pseudo-labels (N,) int, -1 = outlier (peripheral objects included), drawn apart
-                    bins: int = 30,    # of equal width, from the lowest confidence to the highest
-                    title=None,        # line above
-                   ):                  # matplotlib Figure, closed
+def plot_confidence(
+    confidence,  # (N,) in [0, 1]
+    labels=None,  # pseudo-labels (N,) int, -1 = outlier (peripheral objects included), drawn apart
+    bins: int = 30,  # of equal width, from the lowest confidence to the highest
+    title=None,  # line above
+):  # matplotlib Figure, closed
     "Histogram of confidence, members and outliers apart, means as dashed lines."
     confidence = _array(confidence, np.float32)
-    if confidence.ndim != 1 or not len(confidence): raise ValueError(f"confidence must be (N,) with N > 0, got shape {confidence.shape}")
+    if confidence.ndim != 1 or not len(confidence):
+        raise ValueError(f"confidence must be (N,) with N > 0, got shape {confidence.shape}")
     labels = _per_point('labels', labels, len(confidence))
     out = np.zeros(len(confidence), bool) if labels is None else labels < 0
     fig, (ax,) = _figure(1, 6, 2.8)
     edges = np.histogram_bin_edges(confidence, bins)
-    for part, name, style in [(~out, 'members', dict(color=_COLOURS[0], alpha=.85)), (out, 'outliers', dict(color=_GREY, hatch='////', edgecolor='white'))]:
-        if not part.any(): continue
-        ax.hist(confidence[part], edges, label=f'{part.sum():,} {name}, mean {confidence[part].mean():.2f}', **style)
+    for part, name, style in [
+        (~out, 'members', dict(color=_COLOURS[0], alpha=0.85)),
+        (out, 'outliers', dict(color=_GREY, hatch='////', edgecolor='white')),
+    ]:
+        if not part.any():
+            continue
+        ax.hist(
+            confidence[part],
+            edges,
+            label=f'{part.sum():,} {name}, mean {confidence[part].mean():.2f}',
+            **style,
+        )
         ax.axvline(confidence[part].mean(), color=style['color'], linestyle='--', linewidth=1.2)
     ax.set(xlabel='confidence', ylabel='images', title=title)
     ax.legend(frameon=False, loc='lower left', bbox_to_anchor=(0, 1), ncols=2)
     return fig
 
 # %% ../nbs/00_viz.ipynb #df169e38
-def plot_camera_entropy(clusters,      # numbers of the clusters (J,) int
-                        bits,          # their camera entropy (J,), bits, >= 0
-                        weights=None,  # their weights in the loss (J,), mean 1; None: no second panel
-                        title=None,    # line above
-                       ):              # matplotlib Figure, closed
-    "Camera entropy of clusters, least first, and the weight each has in the loss; arguments as `camera_entropy` returns them."
+def plot_camera_entropy(
+    clusters,  # numbers of the clusters (J,) int
+    bits,  # their camera entropy (J,), bits, >= 0
+    weights=None,  # their weights in the loss (J,), mean 1; None: no second panel
+    title=None,  # line above
+):  # matplotlib Figure, closed
+    """Camera entropy of clusters, least first, and the weight each has in the loss; arguments as
+    `camera_entropy` returns them."""
     clusters, bits = _array(clusters), _array(bits, np.float32)
-    if bits.ndim != 1 or not len(bits): raise ValueError(f"bits must be (J,) with J > 0, got shape {bits.shape}")
+    if bits.ndim != 1 or not len(bits):
+        raise ValueError(f"bits must be (J,) with J > 0, got shape {bits.shape}")
     clusters, weights = _per_point('clusters', clusters, len(bits)), _per_point('weights', weights, len(bits))
     order, at = np.argsort(bits, kind='stable'), np.arange(len(bits))
     fig, axes = _figure(1 if weights is None else 2, 4.5, 2.8)
-    for ax, values, name, colour in zip(axes, [bits, weights], ['camera entropy, bits', 'weight in the loss'], [_COLOURS[0], _COLOURS[1]]):
-        ax.bar(at, values[order], color=colour, width=.85 if len(at) < 60 else 1)
+    for ax, values, name, colour in zip(
+        axes, [bits, weights], ['camera entropy, bits', 'weight in the loss'], [_COLOURS[0], _COLOURS[1]]
+    ):
+        ax.bar(at, values[order], color=colour, width=0.85 if len(at) < 60 else 1)
         ax.set(xlabel='cluster, least entropy first', ylabel=name, xticks=at if len(at) <= 24 else [])
-        if len(at) <= 24: ax.set_xticklabels(clusters[order], fontsize=8)
-    if weights is not None: axes[1].axhline(1, color='#333333', linestyle='--', linewidth=1)
-    if title: fig.suptitle(title)
+        if len(at) <= 24:
+            ax.set_xticklabels(clusters[order], fontsize=8)
+    if weights is not None:
+        axes[1].axhline(1, color='#333333', linestyle='--', linewidth=1)
+    if title:
+        fig.suptitle(title)
     return fig
 
 # %% ../nbs/00_viz.ipynb #9cc9baff
-def follow_clusters(epochs: list,  # labels (N,) of successive epochs, -1 = outlier
-                   ) -> list:      # the same, renumbered from the second epoch on
-    "Labels under numbers that stay: each cluster is called like the earlier cluster it shares most images with, one to one."
+def follow_clusters(
+    epochs: list,  # labels (N,) of successive epochs, -1 = outlier
+) -> list:  # the same, renumbered from the second epoch on
+    """Labels under numbers that stay: each cluster is called like the earlier cluster it shares most
+    images with, one to one."""
     out = [_array(epochs[0])]
-    for labels in epochs[1:]: out.append(_follow(_array(labels), out[-1]))
+    for labels in epochs[1:]:
+        out.append(_follow(_array(labels), out[-1]))
     return out
 
 # %% ../nbs/00_viz.ipynb #cefdca2c
 def _read_epochs(run):
     "The label files of a run: {epoch: arrays}, ascending."
     files = sorted(Path(run).glob('labels/epoch_*.npz'))
-    if not files: raise FileNotFoundError(f"a run folder holds labels/epoch_000.npz and so on; found none in {run}")
+    if not files:
+        raise FileNotFoundError(f"a run folder holds labels/epoch_000.npz and so on; found none in {run}")
     epochs = {int(f.stem.split('_')[1]): dict(np.load(f)) for f in files}
     without = [e for e, arrays in epochs.items() if not {'map', 'map_index'} <= set(arrays)]
-    if without: raise ValueError(f"label files must hold `map` and `map_index` (train with maps=True), got none in epochs {without}")
+    if without:
+        raise ValueError(
+            "label files must hold `map` and `map_index` (train with maps=True), got none in epochs"
+            f" {without}"
+        )
     return epochs
+
 
 def _read_metrics(run):
     "The lines of `metrics.jsonl`; none if the run has not got there yet."
-    f = Path(run)/'metrics.jsonl'
-    return [json.loads(line) for line in f.read_text().splitlines() if line.rstrip().endswith('}')] if f.exists() else []    # a killed run may leave half a line
+    f = Path(run) / 'metrics.jsonl'
+    # a killed run may leave half a line
+    return (
+        [json.loads(line) for line in f.read_text().splitlines() if line.rstrip().endswith('}')]
+        if f.exists()
+        else []
+    )
+
 
 def _spread(n, most):
     "At most `most` of 0..n-1, evenly spread, both ends included."
@@ -539,30 +783,53 @@ def _plot_curves(ax, run, names=('mAP', 'rank1', 'nmi', 'camera_nmi')):
     "The fractions among a run's metrics, each over the epochs that have it."
     lines = _read_metrics(run)
     for c, name in enumerate(names):
-        at = [(l.get('epoch', i) + 1, v) for i, l in enumerate(lines) for k, v in l.items() if k.lower() == name.lower() and v is not None]
-        if at: ax.plot(*zip(*at), color=_COLOURS[c], marker=_MARKERS[c], markersize=4, label=name)
-    if not ax.lines: return ax.text(.5, .5, 'no metrics yet', ha='center', transform=ax.transAxes)
+        at = [
+            (l.get('epoch', i) + 1, v)
+            for i, l in enumerate(lines)
+            for k, v in l.items()
+            if k.lower() == name.lower() and v is not None
+        ]
+        if at:
+            ax.plot(*zip(*at), color=_COLOURS[c], marker=_MARKERS[c], markersize=4, label=name)
+    if not ax.lines:
+        return ax.text(0.5, 0.5, 'no metrics yet', ha='center', transform=ax.transAxes)
     ax.set(xlabel='epoch', ylim=(0, 1.05))
-    ax.legend(fontsize=8, frameon=False, ncols=4, loc='lower left', bbox_to_anchor=(0, 1))     # above the curves, not on them
+    # above the curves, not on them
+    ax.legend(fontsize=8, frameon=False, ncols=4, loc='lower left', bbox_to_anchor=(0, 1))
+
 
 def _plot_counts(ax, epochs):
     "Clusters and outliers over the epochs."
-    for c, (name, count) in enumerate([('clusters', lambda l: len(np.unique(l[l >= 0]))), ('outliers', lambda l: (l < 0).sum())]):
-        ax.plot([e + 1 for e in epochs], [count(e['labels']) for e in epochs.values()], color=_COLOURS[c], marker=_MARKERS[c], markersize=4, label=name)
+    for c, (name, count) in enumerate(
+        [('clusters', lambda l: len(np.unique(l[l >= 0]))), ('outliers', lambda l: (l < 0).sum())]
+    ):
+        ax.plot(
+            [e + 1 for e in epochs],
+            [count(e['labels']) for e in epochs.values()],
+            color=_COLOURS[c],
+            marker=_MARKERS[c],
+            markersize=4,
+            label=name,
+        )
     ax.set(xlabel='epoch')
     ax.set_ylim(0)
     ax.legend(fontsize=8, frameon=False, ncols=2, loc='lower left', bbox_to_anchor=(0, 1))
 
 # %% ../nbs/00_viz.ipynb #8cd4a0c1
-def plot_evolution(run,                 # a run folder
-                   max_epochs: int = 5, # maps to draw, evenly spread over the epochs, first and last among them
-                  ):                    # matplotlib Figure, closed
-    "Maps of a run's clusters, confidence and its busiest camera over its epochs, and its curves. A folder without label files is a FileNotFoundError."
+def plot_evolution(
+    run,  # a run folder
+    max_epochs: int = 5,  # maps to draw, evenly spread over the epochs, first and last among them
+):  # matplotlib Figure, closed
+    """Maps of a run's clusters, confidence and its busiest camera over its epochs, and its curves. A
+    folder without label files is a FileNotFoundError."""
     import matplotlib.pyplot as plt
+
     epochs = _read_epochs(run)
     shown = [list(epochs)[i] for i in _spread(len(epochs), max_epochs)]
     n_rows = 2 + all('camids' in e for e in epochs.values())
-    fig = plt.figure(figsize=(max(2.1 * len(shown), 6.3), 2.1 * n_rows + 2.3), layout='constrained', dpi=_dpi())
+    fig = plt.figure(
+        figsize=(max(2.1 * len(shown), 6.3), 2.1 * n_rows + 2.3), layout='constrained', dpi=_dpi()
+    )
     plt.close(fig)
     maps, curves = fig.subfigures(2, 1, height_ratios=[n_rows, 1])
     axes = maps.subplots(n_rows, len(shown), squeeze=False)
@@ -570,15 +837,19 @@ def plot_evolution(run,                 # a run folder
     low, high = np.percentile(np.concatenate([e['confidence'] for e in epochs.values()]), [1, 99])
     names = dict(zip(epochs, follow_clusters([e['labels'] for e in epochs.values()])))
     mapped, places = [names[e][epochs[e]['map_index']] for e in shown], [epochs[e]['map'] for e in shown]
-    same = len({len(m) for m in mapped}) == 1              # else every epoch maps other images, and the last alone decides
+    # else every epoch maps other images, and the last alone decides
+    same = len({len(m) for m in mapped}) == 1
     top = max(int(n.max(initial=-1)) for n in names.values()) + 1
     looks = _looks(mapped, places, top) if same else _looks(mapped[-1:], places[-1:], top)
     for column, epoch in zip(axes.T, shown):
         _draw_epoch(column, epochs[epoch], names[epoch], looks, (low, high))
         column[0].set_title(f'epoch {epoch + 1}', fontsize=10)
-    maps.colorbar(column[1].collections[-1], ax=list(axes[1]), fraction=.02, pad=.01)
-    rows = ['clusters', 'confidence'] + ([f'camera {_busiest(epochs[shown[-1]]["camids"])}'] if n_rows > 2 else [])
-    for ax, name in zip(axes[:, 0], rows): ax.set_ylabel(name)
+    maps.colorbar(column[1].collections[-1], ax=list(axes[1]), fraction=0.02, pad=0.01)
+    rows = ['clusters', 'confidence'] + (
+        [f'camera {_busiest(epochs[shown[-1]]["camids"])}'] if n_rows > 2 else []
+    )
+    for ax, name in zip(axes[:, 0], rows):
+        ax.set_ylabel(name)
     left, right = curves.subplots(1, 2)
     _plot_curves(left, run)
     _plot_counts(right, epochs)
@@ -587,14 +858,21 @@ def plot_evolution(run,                 # a run folder
 # %% ../nbs/00_viz.ipynb #e72a230c
 def _looks(labels, maps, k):
     "Colours (k, 3) and shapes (k,) of followed clusters 0..k-1, decided by the last of these epochs."
-    colours, shapes = cluster_colors(np.stack(labels), np.stack(maps)), cluster_markers(np.stack(labels), np.stack(maps))
+    colours, shapes = (
+        cluster_colors(np.stack(labels), np.stack(maps)),
+        cluster_markers(np.stack(labels), np.stack(maps)),
+    )
     more = k - len(colours)
-    return np.r_[colours, np.resize(_palette(100), (max(0, more), 3))], np.array(shapes + [_MARKERS[j % 11] for j in range(more)])
+    return np.r_[colours, np.resize(_palette(100), (max(0, more), 3))], np.array(
+        shapes + [_MARKERS[j % 11] for j in range(more)]
+    )
+
 
 def _busiest(camids):
     "The camera with most images (ties: the lower number)."
     cameras, n = np.unique(camids, return_counts=True)
     return int(cameras[n.argmax()])
+
 
 def _draw_epoch(column, epoch, labels, looks, limits):
     "One epoch's clusters, confidence and, where known, its busiest camera in its column of axes."
@@ -602,45 +880,79 @@ def _draw_epoch(column, epoch, labels, looks, limits):
     _draw_dots(column[0], at, labels[index], *looks, 6)
     inside, sure = labels[index] >= 0, epoch['confidence'][index]
     _draw_outliers(column[1], at[~inside], 6)
-    column[1].scatter(*at[inside].T, c=sure[inside], s=5, cmap='viridis', vmin=limits[0], vmax=limits[1], zorder=2)
-    if len(column) > 2: _draw_camera(column[2], at, epoch['camids'] == _busiest(epoch['camids']), 5)
+    column[1].scatter(
+        *at[inside].T, c=sure[inside], s=5, cmap='viridis', vmin=limits[0], vmax=limits[1], zorder=2
+    )
+    if len(column) > 2:
+        _draw_camera(column[2], at, epoch['camids'] == _busiest(epoch['camids']), 5)
+
 
 def _same_frame(axes, maps):
     "One square window for every map, so that a point that stays is seen to stay."
     low, high = np.min([m.min(0) for m in maps], 0), np.max([m.max(0) for m in maps], 0)
-    centre, half = (low + high) / 2, .54 * (high - low).max() + 1e-6
+    centre, half = (low + high) / 2, 0.54 * (high - low).max() + 1e-6
     for ax in axes.flat:
-        ax.set(xticks=[], yticks=[], xlim=(centre[0] - half, centre[0] + half), ylim=(centre[1] - half, centre[1] + half), aspect='equal')
+        ax.set(
+            xticks=[],
+            yticks=[],
+            xlim=(centre[0] - half, centre[0] + half),
+            ylim=(centre[1] - half, centre[1] + half),
+            aspect='equal',
+        )
 
 # %% ../nbs/00_viz.ipynb #9e5427f5
 def _pixels(images, i, height=96, blur=False):
-    "Image `i` of a split, array, tensor or list of files as a small RGB array, its upper quarter blurred on demand."
+    """Image `i` of a split, array, tensor or list of files as a small RGB array, its upper quarter blurred
+    on demand."""
     from PIL import Image
+
     im = images.image(int(i)) if hasattr(images, 'image') else images[int(i)]
-    if isinstance(im, (str, Path)): im = Image.open(im)
+    if isinstance(im, (str, Path)):
+        im = Image.open(im)
     if not isinstance(im, Image.Image):
         a = _array(im)
-        if a.ndim == 3 and a.shape[0] == 3 and a.shape[2] != 3: a = a.transpose(1, 2, 0)
+        if a.ndim == 3 and a.shape[0] == 3 and a.shape[2] != 3:
+            a = a.transpose(1, 2, 0)
         im = Image.fromarray(a if a.dtype == np.uint8 else np.clip(a * 255, 0, 255).astype(np.uint8))
     im = im.convert('RGB')
     if blur:
         from ccc.folder import blur_head
+
         im = blur_head(im)
     return np.asarray(im.resize((max(1, round(im.width * height / im.height)), height)))
+
 
 def _show(ax, image, frame=None, text='', dashed=False, width=3):
     "An image in a coloured frame with a line of text above it."
     ax.imshow(image)
     ax.set_title(text, fontsize=8, pad=3)
     ax.set(xticks=[], yticks=[])
-    for side in ax.spines.values(): side.set(visible=frame is not None, color=frame, linewidth=width, linestyle=(0, (2, 1)) if dashed else '-', capstyle='butt')
+    for side in ax.spines.values():
+        side.set(
+            visible=frame is not None,
+            color=frame,
+            linewidth=width,
+            linestyle=(0, (2, 1)) if dashed else '-',
+            capstyle='butt',
+        )
+
 
 def _grid(rows, cols, aspect=2):
     "Axes (rows, cols) for images about `aspect` times as high as wide; unused ones stay invisible."
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(rows, cols, figsize=(1.3 + .75 * cols, .75 * rows * aspect + .25), squeeze=False, layout='constrained', dpi=_dpi())
+
+    fig, axes = plt.subplots(
+        rows,
+        cols,
+        figsize=(1.3 + 0.75 * cols, 0.75 * rows * aspect + 0.25),
+        squeeze=False,
+        layout='constrained',
+        dpi=_dpi(),
+    )
     plt.close(fig)
-    for ax in axes.flat: ax.set(xticks=[], yticks=[], frame_on=True); ax.spines[:].set_visible(False)
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[], frame_on=True)
+        ax.spines[:].set_visible(False)
     return fig, axes
 
 # %% ../nbs/00_viz.ipynb #a898533f
@@ -649,45 +961,65 @@ def _cluster_rows(labels, confidence, assignments, clusters, n_clusters):
     home = labels if assignments is None else np.where(labels >= 0, labels, assignments)
     ids = np.unique(labels[labels >= 0])
     sure = {j: confidence[labels == j].mean() for j in ids}
-    if clusters is None: clusters = np.array(sorted(ids, key=lambda j: -sure[j]))[_spread(len(ids), n_clusters)]
+    if clusters is None:
+        clusters = np.array(sorted(ids, key=lambda j: -sure[j]))[_spread(len(ids), n_clusters)]
     unknown = set(int(j) for j in clusters) - set(int(j) for j in ids)
-    if unknown: raise ValueError(f"clusters must be among the labels, got {sorted(unknown)}")
+    if unknown:
+        raise ValueError(f"clusters must be among the labels, got {sorted(unknown)}")
     rows = []
     for j in sorted(clusters, key=lambda j: -sure[j]):
         at = np.flatnonzero(home == j)
-        rows.append((f'cluster {j}\n{(labels == j).sum()} images\nmean {sure[j]:.2f}', at[np.lexsort((-confidence[at], labels[at] < 0))]))
+        rows.append(
+            (
+                f'cluster {j}\n{(labels == j).sum()} images\nmean {sure[j]:.2f}',
+                at[np.lexsort((-confidence[at], labels[at] < 0))],
+            )
+        )
     out = np.flatnonzero(labels < 0)
-    if assignments is None and len(out): rows.append((f'outliers\n{len(out)} images', out[np.argsort(-confidence[out], kind='stable')]))
+    if assignments is None and len(out):
+        rows.append((f'outliers\n{len(out)} images', out[np.argsort(-confidence[out], kind='stable')]))
     return rows
 
 # %% ../nbs/00_viz.ipynb #82e9db0a
-def show_clusters(images,             # a Split, (N, 3, H, W) or (N, H, W, 3) array, or list of files
-                  labels,             # pseudo-labels (N,) int, -1 = outlier
-                  confidence=None,    # (N,) in [0, 1]; None: all alike
-                  *, assignments=None,# clusters (N,) before outliers were taken out; shows each outlier beside its cluster
-                  clusters=None,      # which clusters to show; None: `n_clusters` of them, evenly from the surest to the least sure
-                  n_clusters: int = 6,   # rows
-                  per_cluster: int = 10, # images in a row, evenly from sure to unsure
-                  title=None,         # line above
-                 ):                   # matplotlib Figure, closed
-    "Clusters as rows of images sorted by confidence, outliers in grey dashed frames. A cluster that does not exist is a ValueError."
+def show_clusters(
+    images,  # a Split, (N, 3, H, W) or (N, H, W, 3) array, or list of files
+    labels,  # pseudo-labels (N,) int, -1 = outlier
+    confidence=None,  # (N,) in [0, 1]; None: all alike
+    *,
+    assignments=None,  # clusters (N,) before outliers were taken out; shows each outlier beside its cluster
+    clusters=None,  # which clusters to show; None: `n_clusters` of them, evenly from the surest to the least sure
+    n_clusters: int = 6,  # rows
+    per_cluster: int = 10,  # images in a row, evenly from sure to unsure
+    title=None,  # line above
+):  # matplotlib Figure, closed
+    """Clusters as rows of images sorted by confidence, outliers in grey dashed frames. A cluster that does
+    not exist is a ValueError."""
     labels = _array(labels)
     labels = _per_point('labels', labels, len(labels) if labels.ndim else 0)
-    confidence = np.ones(len(labels)) if confidence is None else _per_point('confidence', confidence, len(labels))
-    rows = _cluster_rows(labels, confidence, _per_point('assignments', assignments, len(labels)), clusters, n_clusters)
-    if not rows: raise ValueError("show_clusters needs at least one image, got none")
+    confidence = (
+        np.ones(len(labels)) if confidence is None else _per_point('confidence', confidence, len(labels))
+    )
+    rows = _cluster_rows(
+        labels, confidence, _per_point('assignments', assignments, len(labels)), clusters, n_clusters
+    )
+    if not rows:
+        raise ValueError("show_clusters needs at least one image, got none")
     first = _pixels(images, rows[0][1][0])
     fig, axes = _grid(len(rows), per_cluster, first.shape[0] / first.shape[1])
     for line, (name, at) in zip(axes, rows):
         line[0].set_ylabel(name, rotation=0, ha='right', va='center', fontsize=8)
         for ax, i in zip(line, at[_spread(len(at), per_cluster)]):
-            _show(ax, _pixels(images, i), _GREY if labels[i] < 0 else None, f'{confidence[i]:.2f}', dashed=True)
-    if title: fig.suptitle(title, fontsize=10)
+            _show(
+                ax, _pixels(images, i), _GREY if labels[i] < 0 else None, f'{confidence[i]:.2f}', dashed=True
+            )
+    if title:
+        fig.suptitle(title, fontsize=10)
     return fig
 
 # %% ../nbs/00_viz.ipynb #9b9b09c2
 def _representatives(groups, xy, sure=None):
-    "Of each group 0..K-1, largest first: the surest member, or without confidence the one nearest the middle. Positions."
+    """Of each group 0..K-1, largest first: the surest member, or without confidence the one nearest the
+    middle. Positions."""
     ids, sizes = np.unique(groups[groups >= 0], return_counts=True)
     chosen = []
     for j in ids[np.argsort(-sizes, kind='stable')]:
@@ -696,22 +1028,27 @@ def _representatives(groups, xy, sure=None):
         chosen.append(at[score.argmin()])
     return np.array(chosen, int)
 
+
 def _cells(xy, across):
     "The cell of a square grid, `across` cells wide, that each point lies in: (N,) int."
-    cell = np.floor((xy - xy.min(0)) / max(np.ptp(xy, axis=0).max(), 1e-9) * across * .9999).astype(int)
+    cell = np.floor((xy - xy.min(0)) / max(np.ptp(xy, axis=0).max(), 1e-9) * across * 0.9999).astype(int)
     return cell[:, 0] + across * cell[:, 1]
 
+
 def _windows(points, shape, size):
-    "How many points lie in the rectangle of `size` (height, width) cells that begins at each cell: sums by differences of a cumulated table."
+    """How many points lie in the rectangle of `size` (height, width) cells that begins at each cell: sums
+    by differences of a cumulated table."""
     table = np.zeros((shape[0] + 1, shape[1] + 1))
     np.add.at(table, tuple((points.astype(int) + 1).T), 1)
     table = table.cumsum(0).cumsum(1)
     h, w = size
     return table[h:, w:] - table[:-h, w:] - table[h:, :-w] + table[:-h, :-w]
 
+
 def _places(anchors, points, canvas, size, step=4, gap=1):
-    "Lower left corners (n, 2) of rectangles `size` (width, height) near their anchors, all in pixels, none over another, few over points; NaN where no room is left."
-    cells = -(-np.asarray(size)[::-1] // step)                            # (rows, columns) of a crop
+    """Lower left corners (n, 2) of rectangles `size` (width, height) near their anchors, all in pixels,
+    none over another, few over points; NaN where no room is left."""
+    cells = -(-np.asarray(size)[::-1] // step)  # (rows, columns) of a crop
     shape = np.asarray(canvas)[::-1] // step
     covered = _windows(points[:, ::-1] // step, shape, cells)
     rows, columns = np.indices(covered.shape)
@@ -720,39 +1057,49 @@ def _places(anchors, points, canvas, size, step=4, gap=1):
         away = np.hypot(rows + cells[0] / 2 - y / step, columns + cells[1] / 2 - x / step)
         cost = np.where(free, away + 1.5 * covered, np.inf)
         r, c = np.unravel_index(cost.argmin(), cost.shape)
-        if not np.isfinite(cost[r, c]): continue
+        if not np.isfinite(cost[r, c]):
+            continue
         out[k] = c * step, r * step
         h, w = cells + gap
-        free[max(0, r - h + 1):r + h, max(0, c - w + 1):c + w] = False
+        free[max(0, r - h + 1) : r + h, max(0, c - w + 1) : c + w] = False
     return out
 
 # %% ../nbs/00_viz.ipynb #0696085a
-def _crop_height(n, aspect, canvas, share=.22):
+def _crop_height(n, aspect, canvas, share=0.22):
     "Height in pixels of each of `n` crops that together take a share of the canvas: 40 to 110."
     return int(np.clip(np.sqrt(share * canvas[0] * canvas[1] / max(n, 1) * aspect), 40, 110)) // 4 * 4
 
+
 def _draw_crops(ax, images, chosen, at, points, canvas, frames, blur):
-    "Crops of the images `chosen` near their places `at`, framed in their colours, with a line to the place; how many had no room."
-    if not len(chosen): return 0
+    """Crops of the images `chosen` near their places `at`, framed in their colours, with a line to the
+    place; how many had no room."""
+    if not len(chosen):
+        return 0
     crops = [_pixels(images, i, 220, blur) for i in chosen]
     aspect = np.median([c.shape[0] / c.shape[1] for c in crops])
     height = _crop_height(len(chosen), aspect, canvas)
     size = np.array([max(8, round(height / aspect)), height])
     places = _places(at, points, canvas, size)
     for crop, corner, anchor, colour in zip(crops, places, at, frames):
-        if np.isnan(corner).any(): continue
+        if np.isnan(corner).any():
+            continue
         middle = corner + size / 2
         ax.plot(*np.stack([middle, anchor]).T, color=colour, linewidth=1, zorder=3)
-        ax.plot(*anchor, 'o', color=colour, markersize=4.5, markeredgecolor='black', markeredgewidth=.8, zorder=3)
+        ax.plot(
+            *anchor, 'o', color=colour, markersize=4.5, markeredgecolor='black', markeredgewidth=0.8, zorder=3
+        )
         (x, y), (w, h) = corner, size
         ax.imshow(crop, extent=(x, x + w, y, y + h), aspect='auto', interpolation='lanczos', zorder=4)
         ax.add_patch(_frame(corner, size, colour))
     return int(np.isnan(places).any(1).sum())
 
+
 def _frame(corner, size, colour):
     "A rectangle inside the edge of a crop."
     from matplotlib.patches import Rectangle
+
     return Rectangle(corner + 1, *(size - 2), fill=False, edgecolor=colour, linewidth=1.6, zorder=5)
+
 
 def _onto_canvas(xy, canvas, margin=40):
     "A map in pixels of a canvas, as large as it can be, its middle in the middle."
@@ -760,67 +1107,118 @@ def _onto_canvas(xy, canvas, margin=40):
     return (xy - (xy.min(0) + xy.max(0)) / 2) * scale + np.asarray(canvas) / 2
 
 # %% ../nbs/00_viz.ipynb #ed8e841b
-def plot_atlas(images,           # a Split, (N, 3, H, W) or (N, H, W, 3) array, or list of files
-               x=None,           # embeddings (N, D); may be None when `xy` is given
-               labels=None,      # pseudo-labels (N,) int, -1 = outlier: a crop for each cluster; None: for each cell of a grid
-               confidence=None,  # (N,): the surest member is shown; None: the one nearest the middle
-               *, xy=None,       # a map (N, 2); None: `umap_map(x)`
-               index=None,       # positions (N,) of these points among the images; None: all of them
-               by=None,          # 'cluster' or 'cell'; None: 'cluster' where there are labels
-               cells: int = 9,   # the grid is so many cells wide
-               max_crops: int = 120,  # at most so many crops, those of the largest groups; the title says so
-               colors=None,      # (K, 3) by cluster, as of `cluster_colors`; None: those of this map
-               blur_faces: bool = False,  # blur the upper quarter of every crop
-               title=None,       # line above
-               width: float = 9.,  # of the figure, inches
-              ):                 # matplotlib Figure, closed
-    "Crops on the map, one for each cluster or cell, none over another. Mismatched lengths, an unknown `by` and clusters without labels are a ValueError."
+def plot_atlas(
+    images,  # a Split, (N, 3, H, W) or (N, H, W, 3) array, or list of files
+    x=None,  # embeddings (N, D); may be None when `xy` is given
+    labels=None,  # pseudo-labels (N,) int, -1 = outlier: a crop for each cluster; None: for each cell of a grid
+    confidence=None,  # (N,): the surest member is shown; None: the one nearest the middle
+    *,
+    xy=None,  # a map (N, 2); None: `umap_map(x)`
+    index=None,  # positions (N,) of these points among the images; None: all of them
+    by=None,  # 'cluster' or 'cell'; None: 'cluster' where there are labels
+    cells: int = 9,  # the grid is so many cells wide
+    max_crops: int = 120,  # at most so many crops, those of the largest groups; the title says so
+    colors=None,  # (K, 3) by cluster, as of `cluster_colors`; None: those of this map
+    blur_faces: bool = False,  # blur the upper quarter of every crop
+    title=None,  # line above
+    width: float = 9.0,  # of the figure, inches
+):  # matplotlib Figure, closed
+    """Crops on the map, one for each cluster or cell, none over another. Mismatched lengths, an unknown
+    `by` and clusters without labels are a ValueError."""
     import matplotlib.pyplot as plt
-    if x is None and xy is None: raise ValueError("plot_atlas needs embeddings x or a map xy, got neither")
+
+    if x is None and xy is None:
+        raise ValueError("plot_atlas needs embeddings x or a map xy, got neither")
     by = by or ('cell' if labels is None else 'cluster')
-    if by not in ('cluster', 'cell') or (by == 'cluster' and labels is None): raise ValueError(f"by must be 'cell', or with labels 'cluster', got {by!r}")
+    if by not in ('cluster', 'cell') or (by == 'cluster' and labels is None):
+        raise ValueError(f"by must be 'cell', or with labels 'cluster', got {by!r}")
     xy = umap_map(x) if xy is None else _embeddings(xy)
-    if xy.shape[1] != 2: raise ValueError(f"xy must be (N, 2), got shape {xy.shape}")
-    labels, confidence, index = (_per_point(k, v, len(xy)) for k, v in dict(labels=labels, confidence=confidence, index=index).items())
+    if xy.shape[1] != 2:
+        raise ValueError(f"xy must be (N, 2), got shape {xy.shape}")
+    labels, confidence, index = (
+        _per_point(k, v, len(xy)) for k, v in dict(labels=labels, confidence=confidence, index=index).items()
+    )
     canvas = np.array([round(110 * width), round(90 * width)])
     at, place = _onto_canvas(xy.astype(float), canvas), np.zeros(len(xy), int) if labels is None else labels
-    if labels is None: colours = np.array([[.55, .62, .7]])
-    else: colours = cluster_colors(labels, xy) if colors is None else np.asarray(colors)
+    if labels is None:
+        colours = np.array([[0.55, 0.62, 0.7]])
+    else:
+        colours = cluster_colors(labels, xy) if colors is None else np.asarray(colors)
     chosen = _representatives(labels if by == 'cluster' else _cells(xy, cells), xy, confidence)
-    fig = plt.figure(figsize=canvas / 110 + [0, .35], layout='constrained', dpi=_dpi())
+    fig = plt.figure(figsize=canvas / 110 + [0, 0.35], layout='constrained', dpi=_dpi())
     plt.close(fig)
     ax = fig.add_subplot()
-    _draw_dots(ax, at, place, colours, ['o'] if labels is None else cluster_markers(labels, xy) + ['o'] * (len(colours) - int(labels.max(initial=-1)) - 1), 1.4 * _dot_size(len(xy)))
+    _draw_dots(
+        ax,
+        at,
+        place,
+        colours,
+        (
+            ['o']
+            if labels is None
+            else cluster_markers(labels, xy) + ['o'] * (len(colours) - int(labels.max(initial=-1)) - 1)
+        ),
+        1.4 * _dot_size(len(xy)),
+    )
     shown = chosen[:max_crops]
     frames = [colours[place[i]] if place[i] >= 0 else _GREY for i in shown]
-    lost = _draw_crops(ax, images, shown if index is None else index[shown], at[shown], at, canvas, frames, blur_faces)
+    lost = _draw_crops(
+        ax, images, shown if index is None else index[shown], at[shown], at, canvas, frames, blur_faces
+    )
     ax.set(xticks=[], yticks=[], xlim=(0, canvas[0]), ylim=(0, canvas[1]), aspect='equal')
-    ax.set_title(' · '.join(filter(None, [title, _atlas_title(by, len(chosen), len(shown) - lost, labels, confidence, blur_faces)])), fontsize=10)
+    ax.set_title(
+        ' · '.join(
+            filter(
+                None,
+                [title, _atlas_title(by, len(chosen), len(shown) - lost, labels, confidence, blur_faces)],
+            )
+        ),
+        fontsize=10,
+    )
     return fig
 
 # %% ../nbs/00_viz.ipynb #e4ca89ec
 def _atlas_title(by, groups, drawn, labels, confidence, blurred):
     "What an atlas shows, in words: which member of what, and how many are left out."
     member = 'most central' if confidence is None else 'most confident'
-    said = f'{_count(groups, by)}, the {member} image of each' if drawn == groups else f'the {member} image of {drawn:,} of {_count(groups, by)}'
+    said = (
+        f'{_count(groups, by)}, the {member} image of each'
+        if drawn == groups
+        else f'the {member} image of {drawn:,} of {_count(groups, by)}'
+    )
     out = 0 if labels is None else int((labels < 0).sum())
-    return ' · '.join([said] + ([f'{_count(out, "outlier")} (grey crosses)'] if out else []) + (['heads blurred'] if blurred else []))
+    return ' · '.join(
+        [said]
+        + ([f'{_count(out, "outlier")} (grey crosses)'] if out else [])
+        + (['heads blurred'] if blurred else [])
+    )
 
 # %% ../nbs/00_viz.ipynb #0eafff38
-def run_atlas(run,         # a run folder with maps
-              images,      # its training split
-              epoch: int = -1,  # place among its epochs; -1: the last
-              **options,   # of `plot_atlas`
-             ):            # matplotlib Figure, closed
-    "`plot_atlas` of one epoch of a run, in the colours of the last. FileNotFoundError for a folder without label files, ValueError for a run without maps or such an epoch."
+def run_atlas(
+    run,  # a run folder with maps
+    images,  # its training split
+    epoch: int = -1,  # place among its epochs; -1: the last
+    **options,  # of `plot_atlas`
+):  # matplotlib Figure, closed
+    """`plot_atlas` of one epoch of a run, in the colours of the last. FileNotFoundError for a folder
+    without label files, ValueError for a run without maps or such an epoch."""
     epochs = _read_epochs(run)
-    if not -len(epochs) <= epoch < len(epochs): raise ValueError(f'epoch must be a place among the {len(epochs)} epochs of the run, got {epoch}')
+    if not -len(epochs) <= epoch < len(epochs):
+        raise ValueError(f'epoch must be a place among the {len(epochs)} epochs of the run, got {epoch}')
     name = list(epochs)[epoch]
     labels, shown = follow_clusters([e['labels'] for e in epochs.values()]), epochs[name]
     index, last = shown['map_index'], list(epochs.values())[-1]
     mapped = np.stack([l[index] for l in labels])
     colours = cluster_colors(mapped, last['map'] if np.array_equal(last['map_index'], index) else None)
-    return plot_atlas(images, xy=shown['map'], labels=mapped[epoch], confidence=shown['confidence'][index], index=index, colors=colours, **dict(title=f'epoch {name + 1}') | options)
+    return plot_atlas(
+        images,
+        xy=shown['map'],
+        labels=mapped[epoch],
+        confidence=shown['confidence'][index],
+        index=index,
+        colors=colours,
+        **dict(title=f'epoch {name + 1}') | options,
+    )
 
 # %% ../nbs/00_viz.ipynb #82df0897
 def _as_split(name, split):
@@ -828,57 +1226,90 @@ def _as_split(name, split):
     pids = _array(split.pids)
     return pids, _per_point(f'{name}.camids', split.camids, len(pids))
 
+
 def _ranked(distances, q, q_pids, g_pids, q_camids, g_camids):
-    "Gallery positions for query `q`, nearest first, its own camera's images of its person skipped; and which those are (G,)."
+    """Gallery positions for query `q`, nearest first, its own camera's images of its person skipped; and
+    which those are (G,)."""
     skip = (g_pids == q_pids[q]) & (g_camids == q_camids[q])
     order = np.argsort(distances, kind='stable')
     return order[~skip[order]], skip
 
 # %% ../nbs/00_viz.ipynb #d7067347
-def show_ranking(query,             # Split of queries: image(i), pids, camids
-                 gallery,           # Split of the gallery
-                 distmat,           # distances (Q, G), or only the rows of `positions`; smaller is closer
-                 positions=(0, 1, 2), # which queries to show
-                 topk: int = 8,     # gallery images a row
-                 title=None,        # line above
-                 same_camera: bool = False, # show also what evaluation skips, the query's person in its own camera, in blue dotted frames without a rank
-                ):                  # matplotlib Figure, closed
-    "Queries and what they find: right green ✓, wrong red ✗, the query's person in its own camera skipped as in evaluation."
-    q, g, distmat, positions = _as_split('query', query), _as_split('gallery', gallery), _array(distmat), np.atleast_1d(_array(positions))
+def show_ranking(
+    query,  # Split of queries: image(i), pids, camids
+    gallery,  # Split of the gallery
+    distmat,  # distances (Q, G), or only the rows of `positions`; smaller is closer
+    positions=(0, 1, 2),  # which queries to show
+    topk: int = 8,  # gallery images a row
+    title=None,  # line above
+    same_camera: bool = False,  # show also what evaluation skips, the query's person in its own camera, in blue dotted frames without a rank
+):  # matplotlib Figure, closed
+    """Queries and what they find: right green ✓, wrong red ✗, the query's person in its own camera skipped
+    as in evaluation."""
+    q, g, distmat, positions = (
+        _as_split('query', query),
+        _as_split('gallery', gallery),
+        _array(distmat),
+        np.atleast_1d(_array(positions)),
+    )
     if distmat.shape not in [(len(q[0]), len(g[0])), (len(positions), len(g[0]))]:
-        raise ValueError(f"distmat must be ({len(q[0])}, {len(g[0])}) or have a row for each of the {len(positions)} queries shown, got shape {distmat.shape}")
+        raise ValueError(
+            f"distmat must be ({len(q[0])}, {len(g[0])}) or have a row for each of the {len(positions)}"
+            f" queries shown, got shape {distmat.shape}"
+        )
     rows = distmat[positions] if len(distmat) == len(q[0]) else distmat
     first = _pixels(query, positions[0])
     fig, axes = _grid(len(positions), topk + 1, first.shape[0] / first.shape[1])
     for line, i, distances in zip(axes, positions, rows):
         order, skip = _ranked(distances, i, q[0], g[0], q[1], g[1])
-        if same_camera: order = np.argsort(distances, kind='stable')
+        if same_camera:
+            order = np.argsort(distances, kind='stable')
         ranks = np.cumsum(~skip[order])
-        line[0].set_ylabel(f'person {q[0][i]}\ncamera {q[1][i]}\n{skip.sum()} skipped', rotation=0, ha='right', va='center', fontsize=8)
+        line[0].set_ylabel(
+            f'person {q[0][i]}\ncamera {q[1][i]}\n{skip.sum()} skipped',
+            rotation=0,
+            ha='right',
+            va='center',
+            fontsize=8,
+        )
         _show(line[0], _pixels(query, i), 'black', 'query')
         for rank, (ax, j) in zip(ranks, zip(line[1:], order)):
             right = g[0][j] == q[0][i]
-            if skip[j]: _show(ax, _pixels(gallery, j), _COLOURS[0], f'own {distances[j]:.2f}', dashed=True)
-            else: _show(ax, _pixels(gallery, j), _RIGHT if right else _WRONG, f'{rank} {"✓" if right else "✗"} {distances[j]:.2f}', dashed=not right)
-    if title: fig.suptitle(title, fontsize=10)
+            if skip[j]:
+                _show(ax, _pixels(gallery, j), _COLOURS[0], f'own {distances[j]:.2f}', dashed=True)
+            else:
+                _show(
+                    ax,
+                    _pixels(gallery, j),
+                    _RIGHT if right else _WRONG,
+                    f'{rank} {"✓" if right else "✗"} {distances[j]:.2f}',
+                    dashed=not right,
+                )
+    if title:
+        fig.suptitle(title, fontsize=10)
     return fig
 
 # %% ../nbs/00_viz.ipynb #c4468563
-def hardest_errors(distmat,   # distances (Q, G), smaller is closer
-                   q_pids,    # persons of the queries (Q,)
-                   g_pids,    # persons of the gallery (G,)
-                   q_camids,  # cameras of the queries (Q,)
-                   g_camids,  # cameras of the gallery (G,)
-                   n: int = 6,# queries wanted
-                  ) -> tuple: # positions of queries, hardest first, and their margins (> 0: first match wrong); may be fewer than n
+def hardest_errors(
+    distmat,  # distances (Q, G), smaller is closer
+    q_pids,  # persons of the queries (Q,)
+    g_pids,  # persons of the gallery (G,)
+    q_camids,  # cameras of the queries (Q,)
+    g_camids,  # cameras of the gallery (G,)
+    n: int = 6,  # queries wanted
+) -> (
+    tuple
+):  # positions of queries, hardest first, and their margins (> 0: first match wrong); may be fewer than n
     "Queries whose nearest wrong match beats their nearest right one by most."
     distmat = _array(distmat)
-    if distmat.shape != (len(q_pids), len(g_pids)): raise ValueError(f"distmat must be ({len(q_pids)}, {len(g_pids)}), got shape {distmat.shape}")
+    if distmat.shape != (len(q_pids), len(g_pids)):
+        raise ValueError(f"distmat must be ({len(q_pids)}, {len(g_pids)}), got shape {distmat.shape}")
     q_pids, g_pids, q_camids, g_camids = map(_array, (q_pids, g_pids, q_camids, g_camids))
     margin = np.full(len(distmat), -np.inf)
     for i, row in enumerate(distmat):
         same = g_pids == q_pids[i]
         right = same & (g_camids != q_camids[i])
-        if right.any() and not same.all(): margin[i] = row[right].min() - row[~same].min()
+        if right.any() and not same.all():
+            margin[i] = row[right].min() - row[~same].min()
     order = np.argsort(-margin, kind='stable')[:n]
     return order[margin[order] > 0], margin[order][margin[order] > 0]

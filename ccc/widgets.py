@@ -15,8 +15,23 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from .evolution import History, label_signs, read_history
-from .viz import _COLOURS, _GREY, _MARKERS, _PALE, _count, _figure, _panel_confidence, _per_point, _pixels, _places, _representatives, _spread, _style, _bare
+from .evolution import History, read_history
+from ccc.viz import (
+    _COLOURS,
+    _GREY,
+    _MARKERS,
+    _PALE,
+    _count,
+    _figure,
+    _panel_confidence,
+    _per_point,
+    _pixels,
+    _places,
+    _representatives,
+    _spread,
+    _style,
+    _bare,
+)
 from .viz import cluster_colors, cluster_markers, draw_clusters, plot_umap, sample_points
 
 # %% ../nbs/05b_widgets.ipynb #d7f3aa96
@@ -24,19 +39,34 @@ from .viz import cluster_colors, cluster_markers, draw_clusters, plot_umap, samp
 def _without(module):
     "Imports in this block do as if `module` were not installed."
     import sys
-    if module in sys.modules: yield; return
+
+    if module in sys.modules:
+        yield
+        return
     sys.modules[module] = None
-    try: yield
-    finally: del sys.modules[module]
+    try:
+        yield
+    finally:
+        del sys.modules[module]
+
 
 def _widgets():
-    "The packages of the extra `notebook`; ImportError says how to get them. plotly loads a checker of notebook files, which loads one of IRIs that compiles 39 grammars: most of a first view's time, and nothing that we use."
+    """The packages of the extra `notebook`; ImportError says how to get them. plotly loads a checker of
+    notebook files, which loads one of IRIs that compiles 39 grammars: most of a first view's time, and
+    nothing that we use."""
     try:
         with _without('rfc3987_syntax'):
-            import anywidget, ipywidgets, plotly.graph_objects
-            plotly.graph_objects.FigureWidget          # loaded when it is first named
+            import anywidget  # noqa: F401
+            import ipywidgets
+            import plotly.graph_objects
+
+            _ = plotly.graph_objects.FigureWidget  # loaded when it is first named
         return ipywidgets, plotly.graph_objects
-    except ImportError as e: raise ImportError(f"interactive views need `pip install 'ccc-reid[notebook]'` ({e.name} is missing)") from e
+    except ImportError as e:
+        raise ImportError(
+            f"interactive views need `pip install 'ccc-reid[notebook]'` ({e.name} is missing)"
+        ) from e
+
 
 def _png(fig):
     "A matplotlib figure as the bytes of a PNG."
@@ -44,12 +74,18 @@ def _png(fig):
     fig.savefig(out, format='png', dpi=110)
     return out.getvalue()
 
+
 def _panel(children, picture, **layout):
     "A column of widgets whose stored form is the PNG that `picture()` gives."
     widgets, _ = _widgets()
+
     class Panel(widgets.VBox):
         def _repr_mimebundle_(self, **kwargs):
-            return super()._repr_mimebundle_(**kwargs) | {'image/png': base64.b64encode(picture()).decode(), 'text/plain': 'an interactive panel: run this cell in JupyterLab'}
+            return super()._repr_mimebundle_(**kwargs) | {
+                'image/png': base64.b64encode(picture()).decode(),
+                'text/plain': 'an interactive panel: run this cell in JupyterLab',
+            }
+
     return Panel(children, **layout)
 
 # %% ../nbs/05b_widgets.ipynb #6979b99a
@@ -58,23 +94,34 @@ def _control(name, values, start):
     widgets, _ = _widgets()
     values = list(values) if isinstance(values, list) else tuple(values)
     value = values[len(values) // 2] if start is None else start
-    if value not in values: raise ValueError(f'{name} must start at one of {values}, got {value!r}')
+    if value not in values:
+        raise ValueError(f'{name} must start at one of {values}, got {value!r}')
     kind = widgets.Dropdown if isinstance(values, list) else widgets.SelectionSlider
-    return kind(options=values, value=value, description=name, continuous_update=False) if kind is widgets.SelectionSlider else kind(options=values, value=value, description=name)
+    return (
+        kind(options=values, value=value, description=name, continuous_update=False)
+        if kind is widgets.SelectionSlider
+        else kind(options=values, value=value, description=name)
+    )
 
 # %% ../nbs/05b_widgets.ipynb #a9ba2d8d
-def controls(draw,        # called with the value of each control; returns a matplotlib figure, or (figure, text)
-             start=None,  # {name: first value}; None: the middle ones
-             **choices):  # name = tuple of values: a slider; list: a menu
-    "A picture with controls; JupyterLab redraws it when one is moved. A start that is not among the values is a ValueError."
+def controls(
+    draw,  # called with the value of each control; returns a matplotlib figure, or (figure, text)
+    start=None,  # {name: first value}; None: the middle ones
+    **choices,  # name = tuple of values: a slider; list: a menu
+):
+    """A picture with controls; JupyterLab redraws it when one is moved. A start that is not among the
+    values is a ValueError."""
     widgets, _ = _widgets()
     knobs = {name: _control(name, values, (start or {}).get(name)) for name, values in choices.items()}
     image, text = widgets.Image(format='png'), widgets.HTML()
+
     def redraw(change=None):
         out = draw(**{name: knob.value for name, knob in knobs.items()})
         fig, said = out if isinstance(out, tuple) else (out, '')
         image.value, text.value = _png(fig), f'<pre>{html.escape(said)}</pre>'
-    for knob in knobs.values(): knob.observe(redraw, 'value')
+
+    for knob in knobs.values():
+        knob.observe(redraw, 'value')
     redraw()
     panel = _panel([*knobs.values(), text, image], lambda: image.value)
     panel.knobs, panel.text, panel.image = knobs, text, image
@@ -83,29 +130,42 @@ def controls(draw,        # called with the value of each control; returns a mat
 # %% ../nbs/05b_widgets.ipynb #2d3dc472
 def _crop(images, i, height=96):
     "Image `i` as an `<img>`, or nothing where there are no images."
-    if images is None or not hasattr(images, 'image'): return ''
+    if images is None or not hasattr(images, 'image'):
+        return ''
     from PIL import Image
+
     out = io.BytesIO()
     Image.fromarray(_pixels(images, i, height)).save(out, 'JPEG', quality=85)
-    return f'<img src="data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}" style="height:{height}px;margin:1px">'
+    return (
+        f'<img src="data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}"'
+        f' style="height:{height}px;margin:1px">'
+    )
 
-def _name(label): return 'outlier' if label < 0 else f'cluster {label}'
+
+def _name(label):
+    return 'outlier' if label < 0 else f'cluster {label}'
+
 
 def _path_text(history, i):
     "'1-3: cluster 4 → 4: outlier', epochs counted from 1."
     labels, parts, begin = history.labels[:, i], [], 0
     for e in range(1, len(labels) + 1):
-        if e < len(labels) and labels[e] == labels[begin]: continue
+        if e < len(labels) and labels[e] == labels[begin]:
+            continue
         first, last = history.epochs[begin] + 1, history.epochs[e - 1] + 1
         parts.append(f'{first}{"" if first == last else f"–{last}"}: {_name(labels[begin])}')
         begin = e
     return ' → '.join(parts)
 
+
 def _path_picture(at, path, size=128):
     "The map in pale grey with the places of one image as a line that ends in a ring, as an `<img>`."
     from PIL import Image, ImageDraw
+
     low, high = np.minimum(at.min(0), path.min(0)), np.maximum(at.max(0), path.max(0))
-    place = lambda p: (np.asarray([0, 1]) * size + (p - low) / np.maximum(high - low, 1e-9) * [1, -1] * size).clip(2, size - 3)
+    place = lambda p: (
+        np.asarray([0, 1]) * size + (p - low) / np.maximum(high - low, 1e-9) * [1, -1] * size
+    ).clip(2, size - 3)
     image = np.full((size, size), 255, np.uint8)
     image[tuple(place(at[:4000]).astype(int).T[::-1])] = 205
     image = Image.fromarray(image)
@@ -113,45 +173,87 @@ def _path_picture(at, path, size=128):
     pen.line(line, fill=0, width=2)
     pen.ellipse([line[-1][0] - 4, line[-1][1] - 4, line[-1][0] + 4, line[-1][1] + 4], outline=0, width=2)
     image.save(out := io.BytesIO(), 'PNG')
-    return f'<img title="path on the map" src="data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}" style="border:1px solid #ccc">'
+    return (
+        '<img title="path on the map"'
+        f' src="data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}" style="border:1px solid'
+        ' #ccc">'
+    )
+
 
 def _card(history, i, e, path=''):
     "What is known of image `i` in epoch number `e`, with its crop and a picture of its path."
-    lines = [f'<b>image {i}</b>', f'{_name(history.labels[e, i])}', f'confidence {history.confidence[e, i]:.2f}']
-    if history.camids is not None and history.camids[i] >= 0: lines.append(f'camera {history.camids[i]}')
-    if history.pids is not None and history.pids[i] >= 0: lines.append(f'person {history.pids[i]} (not known to the method)')
-    return f'<div style="display:flex;gap:8px;line-height:1.35">{_crop(history.split, i, 128)}{path}<div>{"<br>".join(lines)}<br><i>path</i> {_path_text(history, i)}</div></div>'
+    lines = [
+        f'<b>image {i}</b>',
+        f'{_name(history.labels[e, i])}',
+        f'confidence {history.confidence[e, i]:.2f}',
+    ]
+    if history.camids is not None and history.camids[i] >= 0:
+        lines.append(f'camera {history.camids[i]}')
+    if history.pids is not None and history.pids[i] >= 0:
+        lines.append(f'person {history.pids[i]} (not known to the method)')
+    return (
+        '<div'
+        f' style="display:flex;gap:8px;line-height:1.35">{_crop(history.split, i, 128)}{path}<div>{"<br>".join(lines)}<br><i>path</i>'
+        f' {_path_text(history, i)}</div></div>'
+    )
+
 
 def _cluster_page(history, j, e, most=40):
     "The images of cluster `j` in epoch number `e`, surest first; for outliers the most surely wrong last."
     at = np.flatnonzero(history.labels[e] == j) if j >= 0 else np.flatnonzero(history.labels[e] < 0)
     at = at[np.argsort(-history.confidence[e, at], kind='stable')]
     shown = at[_spread(len(at), most)] if len(at) else at
+
     def one(i):
-        notes = [f'{history.confidence[e, i]:.2f}'] + ([f'c{history.camids[i]}'] if history.camids is not None and history.camids[i] >= 0 else [])
-        return f'<span style="display:inline-block;text-align:center;font-size:10px">{_crop(history.split, i, 80)}<br>{" ".join(notes)}</span>'
+        notes = [f'{history.confidence[e, i]:.2f}'] + (
+            [f'c{history.camids[i]}'] if history.camids is not None and history.camids[i] >= 0 else []
+        )
+        return (
+            '<span'
+            f' style="display:inline-block;text-align:center;font-size:10px">{_crop(history.split, i, 80)}<br>{" ".join(notes)}</span>'
+        )
+
     note = '' if len(shown) == len(at) else f', {len(shown)} of them shown, evenly from sure to unsure'
-    return f'<div class="ccc-cluster"><b>{"outliers" if j < 0 else _name(j)} in epoch {history.epochs[e] + 1}</b>: {_count(len(at), "image")}{note}; confidence and camera underneath<br>{"".join(map(one, shown))}</div>'
+    return (
+        f'<div class="ccc-cluster"><b>{"outliers" if j < 0 else _name(j)} in epoch'
+        f' {history.epochs[e] + 1}</b>: {_count(len(at), "image")}{note}; confidence and camera'
+        f' underneath<br>{"".join(map(one, shown))}</div>'
+    )
 
 # %% ../nbs/05b_widgets.ipynb #5d78e151
 _LOOKS = ('cluster', 'confidence', 'camera', 'person')
 
+
 def _looks(history):
     "What the maps of this run can be coloured by."
-    return [k for k in _LOOKS if k in ('cluster', 'confidence') or (history.camids if k == 'camera' else history.pids) is not None]
+    return [
+        k
+        for k in _LOOKS
+        if k in ('cluster', 'confidence') or (history.camids if k == 'camera' else history.pids) is not None
+    ]
+
 
 def _discrete(shades):
-    "A plotly colour scale with the grey of outliers at 0, the pale colour of what is unknown at 1 and `shades` (n, 3) at 2..n + 1."
-    colours = [_GREY, _PALE, *('#%02x%02x%02x' % tuple((255 * s).round().astype(int)) for s in np.asarray(shades))]
+    """A plotly colour scale with the grey of outliers at 0, the pale colour of what is unknown at 1 and
+    `shades` (n, 3) at 2..n + 1."""
+    colours = [
+        _GREY,
+        _PALE,
+        *('#%02x%02x%02x' % tuple((255 * s).round().astype(int)) for s in np.asarray(shades)),
+    ]
     return [[(k + side) / len(colours), c] for k, c in enumerate(colours) for side in (0, 1)]
 
-_MOST_SHAPES = 3000                                   # of more points, all members are round
-_SYMBOLS = [0, 1, 5, 2, 6, 3, 14, 7, 13, 8, 17]       # plotly's numbers for the shapes of ccc.viz, in their order; 4, the cross, is kept for outliers
+
+_MOST_SHAPES = 3000  # of more points, all members are round
+# plotly's numbers for the shapes of ccc.viz, in their order; 4, the cross, is kept for outliers
+_SYMBOLS = [0, 1, 5, 2, 6, 3, 14, 7, 13, 8, 17]
 
 # %% ../nbs/05b_widgets.ipynb #9ba124bc
 def _groups(history, kind, index):
-    "Group of every point by epoch (E or 1, M); by group: its place among the shades and its symbol; the shades (n, 3). Colours of clusters are fixed by the last epoch."
+    """Group of every point by epoch (E or 1, M); by group: its place among the shades and its symbol; the
+    shades (n, 3). Colours of clusters are fixed by the last epoch."""
     from matplotlib.colors import to_rgb
+
     if kind == 'cluster':
         groups = history.labels[:, index]
         colours, shapes = cluster_colors(groups, history.maps), cluster_markers(groups, history.maps)
@@ -159,59 +261,124 @@ def _groups(history, kind, index):
         known = {'camera': history.camids, 'person': history.pids}[kind][index]
         ids, place = np.unique(known, return_inverse=True)
         groups = np.where(known < 0, -1, place - (ids < 0).sum())[None]
-        if kind == 'camera': colours, shapes = np.array([to_rgb(_style(j)[0]) for j in range(len(ids))]), [_style(j)[1] for j in range(len(ids))]
-        else: colours, shapes = cluster_colors(groups[0], history.maps[-1]), cluster_markers(groups[0], history.maps[-1])
+        if kind == 'camera':
+            colours, shapes = (
+                np.array([to_rgb(_style(j)[0]) for j in range(len(ids))]),
+                [_style(j)[1] for j in range(len(ids))],
+            )
+        else:
+            colours, shapes = (
+                cluster_colors(groups[0], history.maps[-1]),
+                cluster_markers(groups[0], history.maps[-1]),
+            )
     shades, place = np.unique(np.reshape(colours, (-1, 3)), axis=0, return_inverse=True)
-    return groups, np.r_[place.ravel(), 0], np.array([_SYMBOLS[_MARKERS.index(s)] for s in shapes] + [0]), shades     # the last entry is for -1
+    # the last entry is for -1
+    return (
+        groups,
+        np.r_[place.ravel(), 0],
+        np.array([_SYMBOLS[_MARKERS.index(s)] for s in shapes] + [0]),
+        shades,
+    )
+
 
 def _look(history, kind, e, index, memo=None):
-    "Colour values, marker symbols and the scale for the points `index` coloured by `kind` in epoch `e`; outliers are grey crosses whatever the kind."
+    """Colour values, marker symbols and the scale for the points `index` coloured by `kind` in epoch `e`;
+    outliers are grey crosses whatever the kind."""
     out = history.labels[e, index] < 0
     if kind == 'confidence':
         sure = history.confidence[:, index]
         low, high = np.nanpercentile(sure, [2, 98])
-        if not low < high: low, high = 0, 1
-        return dict(color=history.confidence[e, index], symbol=np.where(out, 4, 0), colorscale='Viridis', cmin=float(low), cmax=float(high), showscale=True)
-    memo = {} if memo is None else memo                # colours of many clusters take a tenth of a second: once a view
-    if kind not in memo: memo[kind] = _groups(history, kind, index)
+        if not low < high:
+            low, high = 0, 1
+        return dict(
+            color=history.confidence[e, index],
+            symbol=np.where(out, 4, 0),
+            colorscale='Viridis',
+            cmin=float(low),
+            cmax=float(high),
+            showscale=True,
+        )
+    memo = {} if memo is None else memo  # colours of many clusters take a tenth of a second: once a view
+    if kind not in memo:
+        memo[kind] = _groups(history, kind, index)
     groups, place, symbols, shades = memo[kind]
     mine = groups[min(e, len(groups) - 1)]
     colour = np.where(out, 0, np.where(mine >= 0, place[mine] + 2, 1))
-    shape = symbols[mine] if len(index) <= _MOST_SHAPES else 0      # plotly searches a list of 500 names for every symbol: seconds for 13,000 points
-    return dict(color=colour.astype(np.float32), symbol=np.where(out, 4, shape), colorscale=_discrete(shades), cmin=-.5, cmax=len(shades) + 1.5, showscale=False)
+    # plotly searches a list of 500 names for every symbol: seconds for 13,000 points
+    shape = symbols[mine] if len(index) <= _MOST_SHAPES else 0
+    return dict(
+        color=colour.astype(np.float32),
+        symbol=np.where(out, 4, shape),
+        colorscale=_discrete(shades),
+        cmin=-0.5,
+        cmax=len(shades) + 1.5,
+        showscale=False,
+    )
+
 
 def _marker(history, kind, e, index, size, memo=None):
     "A plotly marker: `_look`, with outliers thin and grey."
     look, out = _look(history, kind, e, index, memo), history.labels[e, index] < 0
-    return look | dict(size=np.where(out, .8 * size, size).astype(np.float32), opacity=np.where(out, .6, .9).astype(np.float32), line=dict(width=0))
+    return look | dict(
+        size=np.where(out, 0.8 * size, size).astype(np.float32),
+        opacity=np.where(out, 0.6, 0.9).astype(np.float32),
+        line=dict(width=0),
+    )
 
 # %% ../nbs/05b_widgets.ipynb #93d07ee9
 def _frame_axes(fig, maps):
     "One frame for all epochs, so that a point that stays is seen to stay."
     low, high = maps.min((0, 1)), maps.max((0, 1))
-    pad = .04 * (high - low) + 1e-6
+    pad = 0.04 * (high - low) + 1e-6
     fig.update_xaxes(range=[float((low - pad)[0]), float((high + pad)[0])])
     fig.update_yaxes(range=[float((low - pad)[1]), float((high + pad)[1])])
+
 
 def _figure_widget(history, looks, e, index, size, memo):
     "Two linked maps side by side."
     from plotly.subplots import make_subplots
+
     _, go = _widgets()
-    fig = make_subplots(1, 2, subplot_titles=looks, horizontal_spacing=.03)
+    fig = make_subplots(1, 2, subplot_titles=looks, horizontal_spacing=0.03)
     at = history.maps[e]
     for c, kind in enumerate(looks, 1):
-        fig.add_trace(go.Scattergl(x=at[:, 0], y=at[:, 1], mode='markers', marker=_marker(history, kind, e, index, size, memo), hoverinfo='none', showlegend=False), row=1, col=c)
+        fig.add_trace(
+            go.Scattergl(
+                x=at[:, 0],
+                y=at[:, 1],
+                mode='markers',
+                marker=_marker(history, kind, e, index, size, memo),
+                hoverinfo='none',
+                showlegend=False,
+            ),
+            row=1,
+            col=c,
+        )
     fig.update_xaxes(showticklabels=False, zeroline=False, showgrid=False, matches='x')
     fig.update_yaxes(showticklabels=False, zeroline=False, showgrid=False, matches='y', scaleanchor='x')
-    fig.update_layout(height=430, width=880, margin=dict(l=10, r=10, t=30, b=10), template='plotly_white', dragmode='pan', hovermode='closest', uirevision='kept')
+    fig.update_layout(
+        height=430,
+        width=880,
+        margin=dict(l=10, r=10, t=30, b=10),
+        template='plotly_white',
+        dragmode='pan',
+        hovermode='closest',
+        uirevision='kept',
+    )
     return _opened_complete(fig, scrollZoom=True)
 
+
 def _opened_complete(fig, **config):
-    "A figure as a widget that tells the page of itself when it is complete. plotly's own tells of an empty figure and sends the points after it, which a page that takes over two seconds to load plotly never gets (anywidget 0.11)."
+    """A figure as a widget that tells the page of itself when it is complete. plotly's own tells of an
+    empty figure and sends the points after it, which a page that takes over two seconds to load plotly
+    never gets (anywidget 0.11)."""
     _, go = _widgets()
+
     class Figure(go.FigureWidget):
         def open(self, complete=False):
-            if complete: super().open()
+            if complete:
+                super().open()
+
     widget = Figure(fig)
     widget._config = widget._config | config
     widget.open(complete=True)
@@ -228,53 +395,93 @@ def _path_marks(path, here, radius, axis):
 # %% ../nbs/05b_widgets.ipynb #294899b6
 def _blurred(split):
     "A split whose images have a blurred upper quarter."
-    if not hasattr(split, 'image'): return split
+    if not hasattr(split, 'image'):
+        return split
     from ccc.folder import blur_head
+
     return SimpleNamespace(image=lambda i: blur_head(split.image(i)))
+
 
 def _window(figure, axis, values):
     "What the page shows of an axis: (low, high)."
     shown = figure.layout[axis].range
     return (values.min(), values.max()) if shown is None else sorted(map(float, shown))
 
+
 def _atlas_images(history, e, index, figure, canvas=(410, 380), height=44, most=40):
-    "Crops of the surest members of the clusters in view as plotly images on the left map, `height` pixels high, none over another; the largest clusters first."
+    """Crops of the surest members of the clusters in view as plotly images on the left map, `height`
+    pixels high, none over another; the largest clusters first."""
     at, labels = history.maps[e].astype(float), history.labels[e, index]
     (left, right), (bottom, top) = (_window(figure, axis, v) for axis, v in zip(('xaxis', 'yaxis'), at.T))
-    scale = min(canvas[0] / max(right - left, 1e-9), canvas[1] / max(top - bottom, 1e-9))              # pixels for one unit of the map
+    # pixels for one unit of the map
+    scale = min(canvas[0] / max(right - left, 1e-9), canvas[1] / max(top - bottom, 1e-9))
     seen = (at[:, 0] >= left) & (at[:, 0] <= right) & (at[:, 1] >= bottom) & (at[:, 1] <= top)
     chosen = _representatives(np.where(seen, labels, -1), at, history.confidence[e, index])[:most]
-    if not len(chosen): return []
+    if not len(chosen):
+        return []
     pixels = (at - [left, bottom]) * scale
     shape = _pixels(history.split, index[chosen[0]]).shape
     size = np.array([max(8, round(height * shape[1] / shape[0])), height])
     places = _places(pixels[chosen], pixels[seen].clip(0, np.array(canvas) - 5), canvas, size)
-    return [dict(source=_crop(history.split, index[i], 96).split('"')[1], xref='x', yref='y', x=x / scale + left, y=y / scale + bottom, xanchor='left', yanchor='bottom',
-                 sizex=size[0] / scale, sizey=size[1] / scale, sizing='stretch', layer='above')
-            for i, (x, y) in zip(chosen, places) if not np.isnan(x)]
+    return [
+        dict(
+            source=_crop(history.split, index[i], 96).split('"')[1],
+            xref='x',
+            yref='y',
+            x=x / scale + left,
+            y=y / scale + bottom,
+            xanchor='left',
+            yanchor='bottom',
+            sizex=size[0] / scale,
+            sizey=size[1] / scale,
+            sizing='stretch',
+            layer='above',
+        )
+        for i, (x, y) in zip(chosen, places)
+        if not np.isnan(x)
+    ]
 
 # %% ../nbs/05b_widgets.ipynb #5aea60c3
 class Explorer:
-    "The state of one view: `epoch` (its place in the history), `left` and `right` colouring; `show`, `hover` and `open` do what slider and mouse do."
-    def __init__(self,
-                 history: History,  # with maps
-                 max_points: int = 30_000,  # draw at most so many, chosen at random, and say so
-                 size: float = None,  # of the dots, in pixels; None: by their number
-                 blur_faces: bool = False):  # blur the upper quarter of every crop
+    """The state of one view: `epoch` (its place in the history), `left` and `right` colouring; `show`,
+    `hover` and `open` do what slider and mouse do."""
+
+    def __init__(
+        self,
+        history: History,  # with maps
+        max_points: int = 30_000,  # draw at most so many, chosen at random, and say so
+        size: float = None,  # of the dots, in pixels; None: by their number
+        blur_faces: bool = False,  # blur the upper quarter of every crop
+    ):
         widgets, _ = _widgets()
         history.need_maps()
-        if blur_faces: history = replace(history, split=_blurred(history.split))
+        if blur_faces:
+            history = replace(history, split=_blurred(history.split))
         keep = sample_points(len(history.index), max_points)
-        self.history, self.index = History(**vars(history) | dict(maps=history.maps[:, keep], index=history.index[keep])), history.index[keep]
-        self.size, looks = size or float(np.clip(160 / len(keep) ** .5, 3, 8)), _looks(history)
-        self.slider = widgets.SelectionSlider(options=[(str(e + 1), k) for k, e in enumerate(history.epochs)], value=len(history.epochs) - 1, description='epoch')
-        self.menus = [widgets.Dropdown(options=looks, value=v, description=n, layout=dict(width='200px')) for v, n in ((looks[0], 'left'), (looks[-1] if len(looks) > 2 else looks[1], 'right'))]
-        self.memo = {}                                   # colours and shapes of the groups
-        self.crops = widgets.ToggleButton(value=False, description='crops on the map', disabled=not hasattr(history.split, 'image'))
-        self.figure = _figure_widget(self.history, (self.left, self.right), self.epoch, self.index, self.size, self.memo)
+        self.history, self.index = (
+            History(**vars(history) | dict(maps=history.maps[:, keep], index=history.index[keep])),
+            history.index[keep],
+        )
+        self.size, looks = size or float(np.clip(160 / len(keep) ** 0.5, 3, 8)), _looks(history)
+        self.slider = widgets.SelectionSlider(
+            options=[(str(e + 1), k) for k, e in enumerate(history.epochs)],
+            value=len(history.epochs) - 1,
+            description='epoch',
+        )
+        self.menus = [
+            widgets.Dropdown(options=looks, value=v, description=n, layout=dict(width='200px'))
+            for v, n in ((looks[0], 'left'), (looks[-1] if len(looks) > 2 else looks[1], 'right'))
+        ]
+        self.memo = {}  # colours and shapes of the groups
+        self.crops = widgets.ToggleButton(
+            value=False, description='crops on the map', disabled=not hasattr(history.split, 'image')
+        )
+        self.figure = _figure_widget(
+            self.history, (self.left, self.right), self.epoch, self.index, self.size, self.memo
+        )
         self.text, self.card, self.page = (widgets.HTML() for _ in range(3))
         self.text.value = _headline(self.history, self.epoch)
-        self.held = False                                # while several controls are set
+        self.held = False  # while several controls are set
         self._connect()
 
     epoch = property(lambda self: self.slider.value)
@@ -283,22 +490,38 @@ class Explorer:
 
     def _connect(self):
         "Slider, menus and mouse call our methods."
-        for control in (self.slider, *self.menus): control.observe(lambda c: self.held or self._draw(), 'value')
+        for control in (self.slider, *self.menus):
+            control.observe(lambda c: self.held or self._draw(), 'value')
         self.crops.observe(lambda c: self._draw_atlas(), 'value')
-        self.figure.layout.on_change(lambda *change: self.crops.value and self._draw_atlas(), 'xaxis.range', 'yaxis.range')
+        self.figure.layout.on_change(
+            lambda *change: self.crops.value and self._draw_atlas(), 'xaxis.range', 'yaxis.range'
+        )
         for cloud in self.figure.data:
-            cloud.on_hover(lambda trace, points, state: points.point_inds and self.hover(points.point_inds[0]))
-            cloud.on_click(lambda trace, points, state: points.point_inds and self.click(points.point_inds[0]))
+            cloud.on_hover(
+                lambda trace, points, state: points.point_inds and self.hover(points.point_inds[0])
+            )
+            cloud.on_click(
+                lambda trace, points, state: points.point_inds and self.click(points.point_inds[0])
+            )
 
     def show(self, epoch=None, left=None, right=None):
-        "Sets the slider to an epoch (its place in the history), the menus to other colourings, and draws once; what is None stays. ValueError for what the run does not have."
-        asked = {name: value for name, value in dict(epoch=epoch, left=left, right=right).items() if value is not None}
-        choices = dict(epoch=range(len(self.history.epochs)), left=self.menus[0].options, right=self.menus[1].options)
+        """Sets the slider to an epoch (its place in the history), the menus to other colourings, and draws
+        once; what is None stays. ValueError for what the run does not have."""
+        asked = {
+            name: value
+            for name, value in dict(epoch=epoch, left=left, right=right).items()
+            if value is not None
+        }
+        choices = dict(
+            epoch=range(len(self.history.epochs)), left=self.menus[0].options, right=self.menus[1].options
+        )
         for name, value in asked.items():
-            if value not in choices[name]: raise ValueError(f'{name} must be one of {", ".join(map(str, choices[name]))}, got {value!r}')
+            if value not in choices[name]:
+                raise ValueError(f'{name} must be one of {", ".join(map(str, choices[name]))}, got {value!r}')
         controls = dict(epoch=self.slider, left=self.menus[0], right=self.menus[1])
         self.held = True
-        for name, value in asked.items(): controls[name].value = value
+        for name, value in asked.items():
+            controls[name].value = value
         self.held = False
         self._draw()
 
@@ -307,30 +530,43 @@ class Explorer:
         h, at, fig = self.history, self.history.maps[self.epoch], self.figure
         with fig.batch_update():
             for cloud, kind, title in zip(fig.data, (self.left, self.right), fig.layout.annotations):
-                cloud.update(x=at[:, 0], y=at[:, 1], marker=_marker(h, kind, self.epoch, self.index, self.size, self.memo))
+                cloud.update(
+                    x=at[:, 0],
+                    y=at[:, 1],
+                    marker=_marker(h, kind, self.epoch, self.index, self.size, self.memo),
+                )
                 title.text = kind
             fig.layout.shapes = []
-        if self.crops.value: self._draw_atlas()
+        if self.crops.value:
+            self._draw_atlas()
         self.text.value = _headline(h, self.epoch)
 
     def _draw_atlas(self):
-        "Draws the crops of the clusters in view on the left map, or takes them away: `crops` is their switch, and zooming in makes room for more."
-        self.figure.layout.images = _atlas_images(self.history, self.epoch, self.index, self.figure) if self.crops.value else []
+        """Draws the crops of the clusters in view on the left map, or takes them away: `crops` is their
+        switch, and zooming in makes room for more."""
+        self.figure.layout.images = (
+            _atlas_images(self.history, self.epoch, self.index, self.figure) if self.crops.value else []
+        )
 
-    def hover(self,
-              point: int):  # place among the points of the map
-        "Shows the crop, camera, label and confidence of a point, and its path through the epochs on a small map: the large ones are not drawn anew under the moving pointer."
+    def hover(self, point: int):  # place among the points of the map
+        """Shows the crop, camera, label and confidence of a point, and its path through the epochs on a
+        small map: the large ones are not drawn anew under the moving pointer."""
         i, path = self.index[point], self.history.maps[:, point]
-        self.card.value = _card(self.history, i, self.epoch, _path_picture(self.history.maps[self.epoch], path))
+        self.card.value = _card(
+            self.history, i, self.epoch, _path_picture(self.history.maps[self.epoch], path)
+        )
 
     def click(self, point: int):  # place among the points of the map
         "Opens the cluster of a point, and draws the point's path on both maps."
         path = self.history.maps[:, point]
-        self.figure.layout.shapes = [mark for axis in ('', '2') for mark in _path_marks(path, path[self.epoch], .015 * np.ptp(self.history.maps), axis)]
+        self.figure.layout.shapes = [
+            mark
+            for axis in ('', '2')
+            for mark in _path_marks(path, path[self.epoch], 0.015 * np.ptp(self.history.maps), axis)
+        ]
         self.open(self.history.labels[self.epoch, self.index[point]])
 
-    def open(self,
-             cluster: int):  # number of a cluster, -1: the outliers
+    def open(self, cluster: int):  # number of a cluster, -1: the outliers
         "Shows the images of a cluster."
         self.page.value = _cluster_page(self.history, int(cluster), self.epoch)
 
@@ -340,12 +576,29 @@ class Explorer:
         play = widgets.Play(min=0, max=len(self.history.epochs) - 1, value=self.epoch, interval=1200)
         play.observe(lambda c: setattr(self.slider, 'value', c.new), 'value')
         self.slider.observe(lambda c: setattr(play, 'value', c.new), 'value')
-        return _panel([widgets.HBox([play, self.slider, *self.menus, self.crops]), self.text, self.figure, self.card, self.page], self.picture)
+        return _panel(
+            [
+                widgets.HBox([play, self.slider, *self.menus, self.crops]),
+                self.text,
+                self.figure,
+                self.card,
+                self.page,
+            ],
+            self.picture,
+        )
 
     def picture(self):
         "A still picture of the same epoch: the bytes of a PNG."
         h, e = self.history, self.epoch
-        return _png(plot_umap(xy=h.maps[e], labels=h.labels[e, self.index], confidence=h.confidence[e, self.index], max_points=1000, title=f'epoch {h.epochs[e] + 1}'))
+        return _png(
+            plot_umap(
+                xy=h.maps[e],
+                labels=h.labels[e, self.index],
+                confidence=h.confidence[e, self.index],
+                max_points=1000,
+                title=f'epoch {h.epochs[e] + 1}',
+            )
+        )
 
 # %% ../nbs/05b_widgets.ipynb #5b4cab46
 def _headline(history, e):
@@ -353,66 +606,133 @@ def _headline(history, e):
     labels, n = history.labels[e], history.labels.shape[1]
     signs = [f'{len(np.unique(labels[labels >= 0]))} clusters', _count(int((labels < 0).sum()), 'outlier')]
     row = next((r for r in history.rows if r.get('epoch') == history.epochs[e]), {})
-    signs += [f'NMI with {name} {row[key]:.2f}' for key, name in (('nmi', 'people'), ('camera_nmi', 'cameras')) if row.get(key) is not None]
-    if len(history.index) < n: signs.append(f'{len(history.index):,} of {n:,} images, drawn at random')
-    return f'<b>epoch {history.epochs[e] + 1}</b>: {" · ".join(signs)}. Crosses are outliers. Point: the image and its path; click: its cluster, and the path on both maps.'
+    signs += [
+        f'NMI with {name} {row[key]:.2f}'
+        for key, name in (('nmi', 'people'), ('camera_nmi', 'cameras'))
+        if row.get(key) is not None
+    ]
+    if len(history.index) < n:
+        signs.append(f'{len(history.index):,} of {n:,} images, drawn at random')
+    return (
+        f'<b>epoch {history.epochs[e] + 1}</b>: {" · ".join(signs)}. Crosses are outliers. Point: the image'
+        ' and its path; click: its cluster, and the path on both maps.'
+    )
 
 # %% ../nbs/05b_widgets.ipynb #74eda752
-def explore(history: History,  # with maps; `read_history(run, split)`
-            max_points: int = 30_000,  # draw at most so many
-            blur_faces: bool = False,  # blur the upper quarter of every crop
-           ):                  # a widget; its stored form is a picture
-    "Two linked maps of a run with a slider over its epochs; pointing shows an image and its path, a click opens its cluster. ValueError for a run without maps."
+def explore(
+    history: History,  # with maps; `read_history(run, split)`
+    max_points: int = 30_000,  # draw at most so many
+    blur_faces: bool = False,  # blur the upper quarter of every crop
+):  # a widget; its stored form is a picture
+    """Two linked maps of a run with a slider over its epochs; pointing shows an image and its path, a
+    click opens its cluster. ValueError for a run without maps."""
     view = Explorer(history, max_points, blur_faces=blur_faces)
     panel = view.panel()
     panel.view = view
     return panel
 
 # %% ../nbs/05b_widgets.ipynb #7014b15d
-def explore_map(xy,                 # map (N, 2)
-                labels,             # (N,) int, OUTLIER = -1
-                confidence=None,    # (N,) in [0, 1]; None: all 1
-                split=None,         # images (`image(i)`), `pids`, `camids`; None: without
-                max_points: int = 30_000,  # draw at most so many
-                blur_faces: bool = False):  # blur the upper quarter of every crop
+def explore_map(
+    xy,  # map (N, 2)
+    labels,  # (N,) int, OUTLIER = -1
+    confidence=None,  # (N,) in [0, 1]; None: all 1
+    split=None,  # images (`image(i)`), `pids`, `camids`; None: without
+    max_points: int = 30_000,  # draw at most so many
+    blur_faces: bool = False,  # blur the upper quarter of every crop
+):
     "`explore` for one map."
     labels = _per_point('labels', labels, len(xy))
     confidence = np.ones(len(xy)) if confidence is None else _per_point('confidence', confidence, len(xy))
     known = lambda v: None if v is None or not (np.asarray(v) >= 0).any() else np.asarray(v)
-    return explore(History(np.zeros(1, int), labels[None], confidence[None], [], np.arange(len(xy)), np.asarray(xy, np.float32)[None],
-                           known(getattr(split, 'camids', None)), known(getattr(split, 'pids', None)), split), max_points, blur_faces)
+    return explore(
+        History(
+            np.zeros(1, int),
+            labels[None],
+            confidence[None],
+            [],
+            np.arange(len(xy)),
+            np.asarray(xy, np.float32)[None],
+            known(getattr(split, 'camids', None)),
+            known(getattr(split, 'pids', None)),
+            split,
+        ),
+        max_points,
+        blur_faces,
+    )
 
 # %% ../nbs/05b_widgets.ipynb #5e754813
-def evolution_figure(history: History,  # with maps
-                     left: str = 'cluster', right: str = 'confidence',  # colourings: cluster, confidence, camera, person
-                     max_epochs: int = 20,  # stops of the slider, evenly spread
-                    ):  # plotly Figure
-    "Two linked maps with a slider over epochs that needs no kernel; ValueError for a run without maps or a colouring that it does not know."
+def evolution_figure(
+    history: History,  # with maps
+    left: str = 'cluster',
+    right: str = 'confidence',  # colourings: cluster, confidence, camera, person
+    max_epochs: int = 20,  # stops of the slider, evenly spread
+):  # plotly Figure
+    """Two linked maps with a slider over epochs that needs no kernel; ValueError for a run without maps or
+    a colouring that it does not know."""
     from plotly.subplots import make_subplots
+
     _, go = _widgets()
     history.need_maps()
-    if not {left, right} <= set(_looks(history)): raise ValueError(f'this run can be coloured by {", ".join(_looks(history))}, got {left!r} and {right!r}')
-    size = float(np.clip(160 / len(history.index) ** .5, 3, 8))
+    if not {left, right} <= set(_looks(history)):
+        raise ValueError(
+            f'this run can be coloured by {", ".join(_looks(history))}, got {left!r} and {right!r}'
+        )
+    size = float(np.clip(160 / len(history.index) ** 0.5, 3, 8))
+
     def clouds(e):
         at, words = history.maps[e], [_words(history, i, e) for i in history.index]
-        return [go.Scattergl(x=at[:, 0], y=at[:, 1], mode='markers', marker=_marker(history, kind, e, history.index, size), text=words, hoverinfo='text', showlegend=False) for kind in (left, right)]
+        return [
+            go.Scattergl(
+                x=at[:, 0],
+                y=at[:, 1],
+                mode='markers',
+                marker=_marker(history, kind, e, history.index, size),
+                text=words,
+                hoverinfo='text',
+                showlegend=False,
+            )
+            for kind in (left, right)
+        ]
+
     shown = _spread(len(history.epochs), max_epochs)
-    fig = make_subplots(1, 2, subplot_titles=(left, right), horizontal_spacing=.03)
-    for column, cloud in enumerate(clouds(shown[-1]), 1): fig.add_trace(cloud, row=1, col=column)
+    fig = make_subplots(1, 2, subplot_titles=(left, right), horizontal_spacing=0.03)
+    for column, cloud in enumerate(clouds(shown[-1]), 1):
+        fig.add_trace(cloud, row=1, col=column)
     fig.frames = [go.Frame(data=clouds(e), name=str(history.epochs[e] + 1), traces=[0, 1]) for e in shown]
-    steps = [dict(label=f.name, method='animate', args=[[f.name], dict(mode='immediate', frame=dict(duration=0, redraw=True), transition=dict(duration=0))]) for f in fig.frames]
-    for axis in (fig.update_xaxes, fig.update_yaxes): axis(showticklabels=False, zeroline=False, showgrid=False)
+    steps = [
+        dict(
+            label=f.name,
+            method='animate',
+            args=[
+                [f.name],
+                dict(mode='immediate', frame=dict(duration=0, redraw=True), transition=dict(duration=0)),
+            ],
+        )
+        for f in fig.frames
+    ]
+    for axis in (fig.update_xaxes, fig.update_yaxes):
+        axis(showticklabels=False, zeroline=False, showgrid=False)
     _frame_axes(fig, history.maps)
-    fig.update_xaxes(matches='x'); fig.update_yaxes(matches='y')
-    fig.update_layout(height=520, width=960, margin=dict(l=10, r=10, t=30, b=10), template='plotly_white', dragmode='pan', sliders=[dict(active=len(steps) - 1, steps=steps, currentvalue=dict(prefix='epoch '))])
+    fig.update_xaxes(matches='x')
+    fig.update_yaxes(matches='y')
+    fig.update_layout(
+        height=520,
+        width=960,
+        margin=dict(l=10, r=10, t=30, b=10),
+        template='plotly_white',
+        dragmode='pan',
+        sliders=[dict(active=len(steps) - 1, steps=steps, currentvalue=dict(prefix='epoch '))],
+    )
     return fig
 
 # %% ../nbs/05b_widgets.ipynb #839e43b4
 def _words(history, i, e):
     "What is known of an image, in a line for the pointer."
     known = [f'image {i}', _name(history.labels[e, i]), f'confidence {history.confidence[e, i]:.2f}']
-    if history.camids is not None and history.camids[i] >= 0: known.append(f'camera {history.camids[i]}')
-    if history.pids is not None and history.pids[i] >= 0: known.append(f'person {history.pids[i]}')
+    if history.camids is not None and history.camids[i] >= 0:
+        known.append(f'camera {history.camids[i]}')
+    if history.pids is not None and history.pids[i] >= 0:
+        known.append(f'person {history.pids[i]}')
     return ' · '.join(known)
 
 # %% ../nbs/05b_widgets.ipynb #c9baaf79
@@ -423,21 +743,39 @@ def _draw_seconds(ax, rows):
         spent = np.array([r.get('seconds', {}).get(stage, 0) for r in rows])
         ax.bar([r['epoch'] + 1 for r in rows], spent, bottom=below, color=_COLOURS[c % 8], label=stage)
         below += spent
-    ax.set(xlabel='epoch', ylabel='seconds', ylim=(0, 1.5 * below.max(initial=1e-9)), xticks=[r['epoch'] + 1 for r in rows][::-(-len(rows) // 12) or 1])
-    if stages: ax.legend(fontsize=7, frameon=False, ncols=2)
+    ax.set(
+        xlabel='epoch',
+        ylabel='seconds',
+        ylim=(0, 1.5 * below.max(initial=1e-9)),
+        xticks=[r['epoch'] + 1 for r in rows][:: -(-len(rows) // 12) or 1],
+    )
+    if stages:
+        ax.legend(fontsize=7, frameon=False, ncols=2)
+
 
 def _draw_rows(ax, rows, names):
     "Numbers of metrics.jsonl over the epochs that have them."
     for c, name in enumerate(names):
         at = [(r['epoch'] + 1, r[name]) for r in rows if r.get(name) is not None]
-        if at: ax.plot(*zip(*at), color=_COLOURS[c % 8], marker=_MARKERS[c], markersize=4, label=name.replace('_', ' '))
+        if at:
+            ax.plot(
+                *zip(*at),
+                color=_COLOURS[c % 8],
+                marker=_MARKERS[c],
+                markersize=4,
+                label=name.replace('_', ' '),
+            )
     ax.set(xlabel='epoch')
     ax.xaxis.get_major_locator().set_params(integer=True)
-    if ax.lines: ax.legend(fontsize=8, frameon=False)
+    if ax.lines:
+        ax.legend(fontsize=8, frameon=False)
 
 # %% ../nbs/05b_widgets.ipynb #5e4ee96e
-def plot_progress(run, split=None):  # folder of a run; its training split, if at hand -> matplotlib Figure, closed
-    "A run so far: agreement and score, the current map by cluster and by confidence, and the seconds of each stage."
+def plot_progress(
+    run, split=None
+):  # folder of a run; its training split, if at hand -> matplotlib Figure, closed
+    """A run so far: agreement and score, the current map by cluster and by confidence, and the seconds of
+    each stage."""
     history = read_history(run, split)
     fig, axes = _figure(4, 4.6, 3.4)
     _draw_rows(axes[0], history.rows, ['nmi', 'camera_nmi', 'mAP', 'rank1', 'churn', 'silhouette'])
@@ -446,25 +784,39 @@ def plot_progress(run, split=None):  # folder of a run; its training split, if a
     e, labels = len(history.epochs) - 1, history.labels[-1]
     if history.maps is not None:
         draw_clusters(axes[2], history.maps[e], labels[history.index], _headline_short(history))
-        _panel_confidence(axes[3], history.maps[e], labels[history.index], history.confidence[e, history.index])
+        _panel_confidence(
+            axes[3], history.maps[e], labels[history.index], history.confidence[e, history.index]
+        )
         _bare(axes[3])
-    fig.suptitle(f'epoch {history.epochs[-1] + 1}' + (f', loss {history.rows[-1]["loss"]:.2f}' if history.rows and 'loss' in history.rows[-1] else ''))
+    fig.suptitle(
+        f'epoch {history.epochs[-1] + 1}'
+        + (f', loss {history.rows[-1]["loss"]:.2f}' if history.rows and 'loss' in history.rows[-1] else '')
+    )
     return fig
+
 
 def _headline_short(history):
     "'12 clusters, 24 outliers', and the size of a sample."
     labels, m = history.labels[-1], len(history.index)
-    return f'{len(np.unique(labels[labels >= 0]))} clusters, {_count(int((labels < 0).sum()), "outlier")}' + ('' if m == len(labels) else f'; {m:,} of {len(labels):,} images')
+    return f'{len(np.unique(labels[labels >= 0]))} clusters, {_count(int((labels < 0).sum()), "outlier")}' + (
+        '' if m == len(labels) else f'; {m:,} of {len(labels):,} images'
+    )
+
 
 class live_panel:
     "A callback of `Trainer` that keeps one picture of the run up to date in a notebook."
+
     def __init__(self):
         self.handle = None
 
     def after_epoch(self, trainer, row):
         "Draws the picture anew in the same place."
         from IPython.display import display
-        if not trainer.engine.is_main_process: return
+
+        if not trainer.engine.is_main_process:
+            return
         fig = plot_progress(trainer.run, trainer.dataset.train)
-        if self.handle is None: self.handle = display(fig, display_id=True)
-        else: self.handle.update(fig)
+        if self.handle is None:
+            self.handle = display(fig, display_id=True)
+        else:
+            self.handle.update(fig)

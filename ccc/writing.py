@@ -16,19 +16,27 @@ from pathlib import Path
 # %% ../nbs/00a_writing.ipynb #dddfa82f
 _MARKUP = re.compile(r"""[&<>"'`*~|$\\]|\](?=[(\[:])|^\[|(?<!\w)_|_(?!\w)|:(?=//)|^[#+=-]|^\d(?=\d*[.)]\s)""")
 
-def plain(text,  # anything; its `str`
-         ) -> str:  # one line
+
+def plain(
+    text,  # anything; its `str`
+) -> str:  # one line
     "Text that Markdown and HTML show as it is: no tag, link, table or heading comes of it."
     return _MARKUP.sub(lambda m: f'&#{ord(m[0])};', one_line(text).strip().encode(errors='replace').decode())
 
+
 def one_line(text) -> str:
-    "Text as one line for a terminal: characters that control it, or the direction of writing, are shown as escapes."
-    hidden = lambda c: unicodedata.category(c) in ('Cc', 'Zl', 'Zp') or c in '\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069'
+    """Text as one line for a terminal: characters that control it, or the direction of writing, are shown
+    as escapes."""
+    hidden = lambda c: (
+        unicodedata.category(c) in ('Cc', 'Zl', 'Zp')
+        or c in '\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069'
+    )
     return ''.join(c.encode('unicode_escape').decode() if hidden(c) else c for c in str(text))
 
 # %% ../nbs/00a_writing.ipynb #9248fc26
-def table_path(path,  # str or path
-              ) -> str:  # names the same file
+def table_path(
+    path,  # str or path
+) -> str:  # names the same file
     "A path as a cell of a table that no spreadsheet takes for a formula."
     text = str(path)
     return f'./{text}' if text[:1] in ('=', '+', '-', '@', '\t', '\r', '\n', '|', '%') else text
@@ -36,14 +44,19 @@ def table_path(path,  # str or path
 # %% ../nbs/00a_writing.ipynb #a175cfc4
 _SEAL = re.compile(rb'ccc-seal((?: [\w.]+=[0-9a-f]{16})+)(?: -->|"\})\s*\Z')
 
-def _digest(data): return hashlib.blake2b(data, digest_size=8).hexdigest()
 
-def seal(body: bytes,  # all that stands before the seal
-         *files,  # paths of what was written with it
-        ) -> bytes:
+def _digest(data):
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
+def seal(
+    body: bytes,  # all that stands before the seal
+    *files,  # paths of what was written with it
+) -> bytes:
     "The seal of a text, to be written behind it, and of the files beside it, known by their suffix."
     known = {'self': _digest(body)} | {Path(f).suffix: _digest(Path(f).read_bytes()) for f in files}
     return b'ccc-seal ' + ' '.join(f'{name}={digest}' for name, digest in known.items()).encode()
+
 
 def seal_page(text: str, *files) -> bytes:  # of `seal`
     "HTML or Markdown with its seal in a comment at the end."
@@ -53,27 +66,43 @@ def seal_page(text: str, *files) -> bytes:  # of `seal`
 # %% ../nbs/00a_writing.ipynb #56ae65c5
 def _sealed(path):
     "What the seal of a file says, name -> check sum; empty where it has none that fits."
-    try: data = Path(path).read_bytes()
-    except OSError: return {}
+    try:
+        data = Path(path).read_bytes()
+    except OSError:
+        return {}
     mark = _SEAL.search(data[-4096:])
-    if mark is None: return {}
+    if mark is None:
+        return {}
     known = dict(word.decode().split('=') for word in mark[1].split())
-    return known if known.get('self') == _digest(data[:max(0, len(data) - 4096) + mark.start()]) else {}
+    return known if known.get('self') == _digest(data[: max(0, len(data) - 4096) + mark.start()]) else {}
+
 
 def is_ours(path: str | Path) -> bool:
-    "Whether `ccc` wrote this file and nobody has changed it since, by its own seal or that of the page, card or list beside it."
+    """Whether `ccc` wrote this file and nobody has changed it since, by its own seal or that of the page,
+    card or list beside it."""
     path = Path(path)
-    if _sealed(path): return True
+    if _sealed(path):
+        return True
     beside = [_sealed(path.with_suffix(s)).get(path.suffix) for s in ('.html', '.md', '.json')]
     return any(beside) and _digest(path.read_bytes()) in beside
 
 # %% ../nbs/00a_writing.ipynb #7a18b486
-def check_free(*paths,  # files that will be written
-               force: bool = False):  # whatever is there
+def check_free(
+    *paths,  # files that will be written
+    force: bool = False,  # whatever is there
+):
     "OSError if a file cannot be written, or is there already and not ours."
     for path in map(Path, paths):
-        if path.is_dir(): raise IsADirectoryError(f'a file is to be written at {path}, got a folder of that name; choose another name')
-        if not path.parent.is_dir(): raise NotADirectoryError(f'{path} must lie in a folder, got no folder {path.parent}')
-        if not os.access(path.parent, os.W_OK): raise PermissionError(f'{path} must lie in a folder that can be written, got {path.parent}')
+        if path.is_dir():
+            raise IsADirectoryError(
+                f'a file is to be written at {path}, got a folder of that name; choose another name'
+            )
+        if not path.parent.is_dir():
+            raise NotADirectoryError(f'{path} must lie in a folder, got no folder {path.parent}')
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError(f'{path} must lie in a folder that can be written, got {path.parent}')
         if os.path.lexists(path) and not force and not is_ours(path):
-            raise FileExistsError(f'{path} exists and was not written by ccc, or was changed since; choose another name, or replace it with force=True')
+            raise FileExistsError(
+                f'{path} exists and was not written by ccc, or was changed since; choose another name, or'
+                ' replace it with force=True'
+            )

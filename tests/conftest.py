@@ -1,4 +1,5 @@
 "Golden arrays and the interpreted twins of the compiled kernels, for every test file."
+
 import importlib.util
 from pathlib import Path
 
@@ -31,11 +32,16 @@ def interpreted(name):
 
 @pytest.fixture(params=['compiled', 'interpreted'])
 def both_ways(request, monkeypatch):
-    "Call it with a stage's module and its kernels' name: the test then runs on compiled and on interpreted kernels."
+    """Call it with a stage's module and its kernels' name: the test then runs on compiled and on
+    interpreted kernels."""
+
     def use(stage, name):
         if request.param == 'interpreted':
             monkeypatch.setattr(stage, 'kernels', interpreted(name))
         else:
-            assert stage.kernels.is_compiled(), f'{name} is not compiled: run `python setup.py build_ext --inplace`'
+            assert stage.kernels.is_compiled(), (
+                f'{name} is not compiled: run `python setup.py build_ext --inplace`'
+            )
         return request.param
+
     return use

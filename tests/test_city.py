@@ -1,4 +1,5 @@
 "The drawn city: same pictures for the same numbers, whole folders only, every knob turns."
+
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,9 @@ TINY = City(n_train=2, n_test=2, n_distractors=1, n_junk=1)
 
 def test_plan_is_fair():
     plan = city_plan(City())
-    assert len({p[1] for p in plan if p[0] == 'query'}) == sum(p[0] == 'query' for p in plan) and len({p[:2] for p in plan}) == len(plan)
+    assert len({p[1] for p in plan if p[0] == 'query'}) == sum(p[0] == 'query' for p in plan) and len(
+        {p[:2] for p in plan}
+    ) == len(plan)
     train = [p for p in plan if p[0] == 'bounding_box_train']
     assert 850 <= len(train) <= 900 and {p[3] for p in train} == set(range(6))
     assert all(len({p[3] for p in train if p[2] == pid}) >= 4 for pid in range(1, 61))
@@ -25,7 +28,9 @@ def test_nobody_dresses_alike():
     assert len(people) == 100
 
 
-@pytest.mark.parametrize('knob', ['cast', 'light', 'blur', 'noise', 'occlusion', 'variety', 'loose', 'scenery', 'zoom'])
+@pytest.mark.parametrize(
+    'knob', ['cast', 'light', 'blur', 'noise', 'occlusion', 'variety', 'loose', 'scenery', 'zoom']
+)
 def test_every_knob_turns(knob):
     values = (1, 1.3) if knob == 'zoom' else (0, 1)
     pictures = [np.stack([render(replace(TINY, **{knob: v}), 1, c) for c in range(6)]) for v in values]
@@ -41,10 +46,19 @@ def test_all_kinds_of_pictures():
 
 
 def test_interrupted_drawing_leaves_nothing(tmp_path, monkeypatch):
-    def fail(*a): raise KeyboardInterrupt
+    def fail(*a):
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as m:
         m.setattr(ccc.city, 'render', fail)
-        with pytest.raises(KeyboardInterrupt): write_city(TINY, tmp_path / 'x', progress=False)
+        with pytest.raises(KeyboardInterrupt):
+            write_city(TINY, tmp_path / 'x', progress=False)
     assert list(tmp_path.iterdir()) == []
-    assert write_city(TINY, tmp_path / 'x', progress=False) == write_city(TINY, tmp_path / 'x', progress=False)       # the second finds the first's
-    assert len(list((tmp_path / 'x').rglob('*.jpg'))) == len(city_plan(TINY)) and len(list(tmp_path.iterdir())) == 1
+    # the second finds the first's
+    assert write_city(TINY, tmp_path / 'x', progress=False) == write_city(
+        TINY, tmp_path / 'x', progress=False
+    )
+    assert (
+        len(list((tmp_path / 'x').rglob('*.jpg'))) == len(city_plan(TINY))
+        and len(list(tmp_path.iterdir())) == 1
+    )

@@ -1,4 +1,5 @@
 "Readers against every layout on disk, augmentation on odd sizes, the sampler's promises."
+
 import os
 from pathlib import Path
 
@@ -10,8 +11,18 @@ from torchvision.transforms import functional as TF
 
 from ccc.city import City, city_folder, city_plan
 from ccc.cli import main
-from ccc.data import (BENCHMARKS, CameraAwareSampler, apply_augmentation, augment, draw_augmentation, image_key, load_dataset, load_images,
-                      normalize, subset)
+from ccc.data import (
+    BENCHMARKS,
+    CameraAwareSampler,
+    apply_augmentation,
+    augment,
+    draw_augmentation,
+    image_key,
+    load_dataset,
+    load_images,
+    normalize,
+    subset,
+)
 
 TINY = City(n_train=4, n_test=3, n_distractors=3, n_junk=2)
 
@@ -36,12 +47,15 @@ def city(tmp_path_factory):
 CONVERTED = ('bounding_box_train', 'query', 'bounding_box_test')
 
 
-@pytest.mark.parametrize('name, folder, splits, form', [
-    ('market1501', 'Market-1501-v15.09.15', CONVERTED, '{pid:04d}_c{cam}s1_{n:06d}_00.jpg'),
-    ('msmt17', 'MSMT17_V1', CONVERTED, '{pid:04d}_c{cam}_{n:06d}.jpg'),
-    ('veri', 'VeRi', ('image_train', 'image_query', 'image_test'), '{pid:04d}_c{cam:03d}_{n:08d}_0.jpg'),
-    ('veri', 'VeRi', CONVERTED, '{pid:04d}_c{cam}_{n:08d}.jpg'),
-])
+@pytest.mark.parametrize(
+    'name, folder, splits, form',
+    [
+        ('market1501', 'Market-1501-v15.09.15', CONVERTED, '{pid:04d}_c{cam}s1_{n:06d}_00.jpg'),
+        ('msmt17', 'MSMT17_V1', CONVERTED, '{pid:04d}_c{cam}_{n:06d}.jpg'),
+        ('veri', 'VeRi', ('image_train', 'image_query', 'image_test'), '{pid:04d}_c{cam:03d}_{n:08d}_0.jpg'),
+        ('veri', 'VeRi', CONVERTED, '{pid:04d}_c{cam}_{n:08d}.jpg'),
+    ],
+)
 def test_folders(tmp_path, name, folder, splits, form):
     made = [(1, 2, 0), (1, 12, 1), (7, 1, 2)]
     tree(tmp_path, *(f'{folder}/{s}/{form.format(pid=p, cam=c, n=n)}' for s in splits for p, c, n in made))
@@ -54,11 +68,23 @@ def test_folders(tmp_path, name, folder, splits, form):
             assert split.pids.dtype == split.camids.dtype == np.int64
 
 
-@pytest.mark.parametrize('version, train, test', [('MSMT17_V1', 'train', 'test'), ('MSMT17_V2', 'mask_train_v2', 'mask_test_v2')])
+@pytest.mark.parametrize(
+    'version, train, test', [('MSMT17_V1', 'train', 'test'), ('MSMT17_V2', 'mask_train_v2', 'mask_test_v2')]
+)
 def test_msmt17_lists(tmp_path, version, train, test):
-    names = '0000/0000_045_12_0303morning_0006_2.jpg', '0001/0001_000_01_0303noon_0100_1.jpg', '0002/0002_001_15_0114afternoon_0101_0.jpg'
+    names = (
+        '0000/0000_045_12_0303morning_0006_2.jpg',
+        '0001/0001_000_01_0303noon_0100_1.jpg',
+        '0002/0002_001_15_0114afternoon_0101_0.jpg',
+    )
     folder = tree(tmp_path, *(f'{version}/{part}/{n}' for part in (train, test) for n in names)) / version
-    lists(folder, train=[f'{names[1]} 1'], val=[f'{names[0]} 0'], query=[f'{names[2]} 2'], gallery=[f'{n} {i}' for i, n in enumerate(names)])
+    lists(
+        folder,
+        train=[f'{names[1]} 1'],
+        val=[f'{names[0]} 0'],
+        query=[f'{names[2]} 2'],
+        gallery=[f'{n} {i}' for i, n in enumerate(names)],
+    )
     for root in (tmp_path, folder):
         d = load_dataset('msmt17', root, check_counts=False)
         assert [Path(p).name for p in d.train.paths] == [names[0][5:], names[1][5:]]
@@ -68,8 +94,14 @@ def test_msmt17_lists(tmp_path, version, train, test):
 
 
 def test_junk_is_left_out_and_distractors_stay(tmp_path):
-    tree(tmp_path, 'bounding_box_train/0002_c1s1_000001_00.jpg', 'query/0001_c1s1_000001_00.jpg',
-         'bounding_box_test/-1_c1s1_000001_00.jpg', 'bounding_box_test/0000_c2s1_000001_00.jpg', 'bounding_box_test/0001_c2s1_000001_00.jpg')
+    tree(
+        tmp_path,
+        'bounding_box_train/0002_c1s1_000001_00.jpg',
+        'query/0001_c1s1_000001_00.jpg',
+        'bounding_box_test/-1_c1s1_000001_00.jpg',
+        'bounding_box_test/0000_c2s1_000001_00.jpg',
+        'bounding_box_test/0001_c2s1_000001_00.jpg',
+    )
     d = load_dataset('market1501', tmp_path, check_counts=False)
     assert d.gallery.pids.tolist() == [0, 1]
     assert subset(d, 5).gallery.pids.tolist() == [1]
@@ -132,13 +164,19 @@ def test_images_do_not_depend_on_threads(city):
 
 @pytest.mark.parametrize('height, width, pad', [(96, 48, 10), (31, 77, 10), (8, 8, 0), (5, 3, 4)])
 def test_augmentation_is_torchvisions(height, width, pad):
-    images = torch.randint(0, 256, (33, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    images = torch.randint(
+        0, 256, (33, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     a = draw_augmentation(33, height, width, torch.Generator().manual_seed(0), pad=pad)
-    for out, u, flip, top, left, (y, x, h, w) in zip(apply_augmentation(images, a), images, a.flip, a.top.tolist(), a.left.tolist(), a.box.tolist()):
+    for out, u, flip, top, left, (y, x, h, w) in zip(
+        apply_augmentation(images, a), images, a.flip, a.top.tolist(), a.left.tolist(), a.box.tolist()
+    ):
         u = TF.hflip(u) if flip else u
         u = TF.normalize(TF.crop(TF.pad(u, pad), top, left, height, width) / 255, mean, std)
-        torch.testing.assert_close(out, TF.erase(u, y, x, h, w, torch.tensor(mean).view(3, 1, 1)), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            out, TF.erase(u, y, x, h, w, torch.tensor(mean).view(3, 1, 1)), atol=1e-5, rtol=0
+        )
 
 
 def test_augmentation_switches(city):
@@ -153,9 +191,9 @@ def test_augmentation_switches(city):
 def test_sampler_pass_length_and_order():
     labels, camids = np.repeat(np.arange(37), 6), np.tile(np.arange(6), 37)
     s = CameraAwareSampler(labels, camids, 4, 32, seed=1)
-    assert len(s) == 128 and len(list(s)) == 128                          # 37 clusters, 8 a batch: 4 full batches
+    assert len(s) == 128 and len(list(s)) == 128  # 37 clusters, 8 a batch: 4 full batches
     drawn = s.draw(0).reshape(-1, 4)
-    assert len(np.unique(labels[drawn[:, 0]])) == 32                      # each cluster once in a pass
+    assert len(np.unique(labels[drawn[:, 0]])) == 32  # each cluster once in a pass
     it = s.set_pass(0).batches()
     run = np.concatenate([next(it) for _ in range(8)])
     assert run.dtype == np.int64 and np.array_equal(run, np.concatenate([s.draw(0), s.draw(1)]))
@@ -165,7 +203,7 @@ def test_sampler_pass_length_and_order():
 
 def test_sampler_corners():
     assert CameraAwareSampler([5, 5], [0, 1], 1, 1).draw(0).shape == (1,)
-    s = CameraAwareSampler([3, 3], [0, 1], 4, 32)                         # one cluster fills a batch by itself
+    s = CameraAwareSampler([3, 3], [0, 1], 4, 32)  # one cluster fills a batch by itself
     assert len(s) == 32 and set(s.draw(0)) == {0, 1}
     for bad in ([], [-1, -1], [0, 1, 2]):
         with pytest.raises(ValueError, match='no cluster'):
@@ -182,56 +220,80 @@ def draws(members, camids, n, times=400):
     return np.stack([np.bincount(sampler.draw(t)[1:], minlength=members) for t in range(times)])
 
 
-@pytest.mark.parametrize('camids, others', [([0] * 8 + [1] * 8, 8), ([0] * 9, 8), (None, 8)])     # other cameras, the anchor's own camera, no cameras
+# other cameras, the anchor's own camera, no cameras
+@pytest.mark.parametrize('camids, others', [([0] * 8 + [1] * 8, 8), ([0] * 9, 8), (None, 8)])
 def test_a_remainder_is_drawn_without_repeats_while_it_can_be(camids, others):
     members = 9 if camids is None else len(camids)
-    counts = draws(members, camids, 16)                                   # 8 others for 15 places: 7 come twice, 1 once
+    counts = draws(members, camids, 16)  # 8 others for 15 places: 7 come twice, 1 once
     assert (np.sort(counts, axis=1)[:, -others:] == [1] + [2] * 7).all() and (counts.sum(1) == 15).all()
 
 
 @pytest.mark.parametrize('n, largest', [(9, {1}), (10, {2}), (17, {2}), (16, {2})])
 def test_no_image_comes_more_than_twice_up_to_twice_as_many_places(n, largest):
-    assert set(draws(9, None, n).max(1)) == largest                       # 8 others: 8 places, 9, 16, 15
-    assert (draws(9, None, 26).max(1) > 2).all()                          # 25 places for 8: some image comes four times or more
+    assert set(draws(9, None, n).max(1)) == largest  # 8 others: 8 places, 9, 16, 15
+    assert (draws(9, None, 26).max(1) > 2).all()  # 25 places for 8: some image comes four times or more
 
 
 def test_every_member_is_as_likely_to_come_twice():
     from scipy.stats import chisquare
-    counts = draws(9, None, 13, times=4000)                               # 12 places for 8 others: 4 of them twice
+
+    counts = draws(9, None, 13, times=4000)  # 12 places for 8 others: 4 of them twice
     twice, anchors = (counts == 2).sum(0), (counts == 0).sum(0)
-    assert chisquare(twice).pvalue > .001 and chisquare(anchors).pvalue > .001
+    assert chisquare(twice).pvalue > 0.001 and chisquare(anchors).pvalue > 0.001
 
 
-@pytest.mark.skipif(not (Path(os.environ.get('CCC_DATA', '~/Dataset')).expanduser() / BENCHMARKS['market1501'].folders[0]).is_dir(), reason='needs Market-1501 in $CCC_DATA')
+@pytest.mark.skipif(
+    not (
+        Path(os.environ.get('CCC_DATA', '~/Dataset')).expanduser() / BENCHMARKS['market1501'].folders[0]
+    ).is_dir(),
+    reason='needs Market-1501 in $CCC_DATA',
+)
 def test_market1501_itself():
     d = load_dataset('market1501')
     assert len(np.unique(d.train.camids)) == 6 and (d.gallery.pids == 0).sum() == 2798
-    assert [len(s) for s in (subset(d, 100).train, subset(d, 100).query, subset(d, 100).gallery)] == [1747, 449, 1926]
+    assert [len(s) for s in (subset(d, 100).train, subset(d, 100).query, subset(d, 100).gallery)] == [
+        1747,
+        449,
+        1926,
+    ]
 
 
 def test_listed_files_that_are_not_there(tmp_path, capsys):
     names = [f'{i:04d}/{i:04d}_000_0{1 + i % 3}_0303morning_0006_{i}.jpg' for i in range(6)]
-    folder = tree(tmp_path, *(f'MSMT17_V1/{part}/{n}' for part in ('train', 'test') for n in names)) / 'MSMT17_V1'
+    folder = (
+        tree(tmp_path, *(f'MSMT17_V1/{part}/{n}' for part in ('train', 'test') for n in names)) / 'MSMT17_V1'
+    )
     lines = [f'{n} {i}' for i, n in enumerate(names)]
-    for part in ('train', 'val', 'query', 'gallery'): (folder / f'list_{part}.txt').write_text('\r\n'.join(lines), encoding='utf-8-sig')
+    for part in ('train', 'val', 'query', 'gallery'):
+        (folder / f'list_{part}.txt').write_text('\r\n'.join(lines), encoding='utf-8-sig')
     whole = load_dataset('msmt17', tmp_path, check_counts=False)
     assert sorted(set(whole.train.pids.tolist())) == list(range(6)) and whole.notes == ()
     (folder / 'test' / names[2]).unlink()
-    with pytest.raises(FileNotFoundError, match='1 of 6 images listed in list_query.txt.*--no-check-counts'): load_dataset('msmt17', tmp_path)
+    with pytest.raises(FileNotFoundError, match='1 of 6 images listed in list_query.txt.*--no-check-counts'):
+        load_dataset('msmt17', tmp_path)
     partly = load_dataset('msmt17', tmp_path, check_counts=False)
-    assert len(partly.query) == len(partly.gallery) == 5 and 'missing: 1 of 6' in partly.notes[0] and subset(partly, 2).notes == partly.notes
-    assert main(['data', '--dataset', 'msmt17', '--root-dir', str(tmp_path), '--subset-ids', '3']) == 0 and 'missing: 1 of 6' in capsys.readouterr().out
+    assert (
+        len(partly.query) == len(partly.gallery) == 5
+        and 'missing: 1 of 6' in partly.notes[0]
+        and subset(partly, 2).notes == partly.notes
+    )
+    assert (
+        main(['data', '--dataset', 'msmt17', '--root-dir', str(tmp_path), '--subset-ids', '3']) == 0
+        and 'missing: 1 of 6' in capsys.readouterr().out
+    )
 
 
 def test_a_stray_name_in_a_benchmark(tmp_path):
     tree(tmp_path, *(f'{s}/0001_c1s1_000001_00.jpg' for s in CONVERTED), 'query/holiday.jpg')
-    with pytest.raises(ValueError, match='does not parse.*holiday'): load_dataset('market1501', tmp_path)
+    with pytest.raises(ValueError, match='does not parse.*holiday'):
+        load_dataset('market1501', tmp_path)
     partly = load_dataset('market1501', tmp_path, check_counts=False)
     assert len(partly.query) == 1 and 'holiday.jpg' in partly.notes[0]
 
 
 def test_the_cache_follows_the_reader(city, monkeypatch):
     import ccc.data
+
     before = image_key(city.train, 24, 12)
     monkeypatch.setattr(ccc.data, 'READER', ccc.data.READER + 1)
     assert image_key(city.train, 24, 12) != before

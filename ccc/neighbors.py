@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from . import _neighbors_kernels as kernels
 from . import _gate as gate
-from ._gate import as_numpy
+from ._gate import as_numpy, is_tensor  # noqa: F401
 
 gate.require_gate(kernels, 'all_pairs')
 

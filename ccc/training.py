@@ -71,6 +71,39 @@ from ccc.runs import (
 )
 from .viz import plot_evolution, sample_points, umap_map
 
+# what this module made before it was split, and is still asked for here
+from .config import learning_rate  # noqa: F401
+from .engine import Chunked, extract_embeddings, make_engine  # noqa: F401
+from ccc.epoch import (  # noqa: F401
+    REASONS,
+    RunState,
+    UnderWay,
+    augment_batch,
+    check_clusters,
+    check_listed,
+    decays,
+    gather_batch,
+    label_free,
+    make_network,
+    make_optimizer,
+    open_dataset,
+    rank_gallery,
+    ranking_ids,
+    train_step,
+    why_no_match,
+)
+from ccc.parts import (  # noqa: F401
+    HDC_INIT,
+    HDC_METRIC,
+    PURPOSES,
+    epoch_batches,
+    graph_for,
+    label_options,
+    make_memory,
+    seed_for,
+)
+from .runs import read_metrics, write_metrics  # noqa: F401
+
 _all_ = [
     'Config',
     'learning_rate',

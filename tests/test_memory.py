@@ -343,7 +343,7 @@ def close(a, b):
     torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
 
 
-drawn = dict(seed=st.integers(0, 10**6), size=st.integers(1, 40), rule=st.sampled_from(RULES))
+drawn = dict(seed=st.integers(0, 10**6), size=st.integers(1, 40), rule=st.sampled_from(list(RULES)))
 
 
 @settings(max_examples=60)

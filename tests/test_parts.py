@@ -20,7 +20,7 @@ from ccc.config import Config
 from ccc.data import augment
 from ccc.experiments import RECIPES, recipe
 from ccc.labels import PseudoLabels, make_labels
-from ccc.memory import RULES, ClusterMemory, pick_updates
+from ccc.memory import RULES, ClusterMemory, Updates, pick_updates
 from ccc.parts import RECIPE_PARTS, Parts, describe_part, epoch_batches, load_part
 from ccc.runs import RunFolder, Stopped
 from ccc.training import Epoch, Trainer, fit
@@ -177,7 +177,39 @@ def test_a_rule_that_is_unknown():
     for rule in ('harder', 3, None):
         with pytest.raises(ValueError, match='rule must be a function or one of cm, '):
             ClusterMemory(torch.randn(3, 2), rule=rule)
-    assert len(RULES) == 6
+
+
+@pytest.mark.parametrize('name', RULES)
+def test_the_six_rules_go_through_the_door_of_own_rules(name):
+    "A name of ours, its function, and a function that no name is known for: one memory to the last bit."
+    g = torch.Generator().manual_seed(0)
+    start, z = torch.randn(5, 8, generator=g), torch.randn(24, 8, generator=g)
+    y, camids = torch.randint(5, (24,), generator=g), torch.randint(3, (24,), generator=g)
+    memories = [
+        ClusterMemory(start, rule=rule)
+        for rule in (name, RULES[name], lambda z, y, camids, c: RULES[name](z, y, camids, c))
+    ]
+    for memory in memories:
+        memory.update(z, y, camids)
+    assert not torch.equal(memories[0].centroids, ClusterMemory(start).centroids)
+    for memory in memories[1:]:
+        assert torch.equal(memory.centroids, memories[0].centroids)
+
+
+@pytest.mark.parametrize(
+    'vectors, clusters, message',
+    [
+        (torch.ones(2, 7), [0, 1], r'Updates of \(U, 8\), .* got \[\(2, 7\)'),
+        (torch.ones(2, 8), [0], r'Updates of \(U, 8\), .* got \[\(2, 8\), \(1,\)'),
+        (torch.ones(2, 8), [0, 9], r'clusters in \[0, 9\), got 0 to 9'),
+        (torch.full((2, 8), float('nan')), [0, 1], 'finite vectors, got 2 rows'),
+    ],
+)
+def test_updates_that_are_nonsense(vectors, clusters, message):
+    updates = Updates(vectors, torch.tensor(clusters), torch.full((len(clusters),), -1))
+    memory = ClusterMemory(torch.randn(9, 8), rule=lambda z, y, camids, c: updates)
+    with pytest.raises(ValueError, match=message):
+        memory.update(torch.randn(4, 8), torch.arange(4))
 
 
 # labels of any clusterer

@@ -80,6 +80,9 @@ def readme(notebook='nbs/index.ipynb', out='README.md', images='nbs/images'):
     for cell in nb.cells:
         if '#| echo: false' in cell.source:
             cell.metadata['transient'] = {'remove_source': True}
+    alt_texts = [re.search(r'#\|\s*fig-alt:\s*"(.+)"\n', cell.source) for cell in nb.cells]
+    for cell, alt in zip(nb.cells, alt_texts):
+        cell.source = cell.source.replace(alt[0], '') if alt else cell.source
     exporter = MarkdownExporter(
         config=Config(RegexRemovePreprocessor=dict(enabled=True, patterns=[r'#\|\s*hide']))
     )
@@ -89,9 +92,11 @@ def readme(notebook='nbs/index.ipynb', out='README.md', images='nbs/images'):
     for path, data in resources['outputs'].items():
         Path(path).parent.mkdir(exist_ok=True)
         Path(path).write_bytes(data)
-    for cell, alt in ((k, re.search(r'#\|\s*fig-alt:\s*"(.+)"', c.source)) for k, c in enumerate(nb.cells)):
+    for cell, alt in enumerate(alt_texts):
         if alt:
             text = text.replace(f'![png]({images}/readme_{cell}_', f'![{alt[1]}]({images}/readme_{cell}_')
+    text = re.sub(r'[ \t]+\n', '\n', text)
+    text = re.sub(r'\n{3,}', '\n\n', text)
     # links in the index are relative to nbs/, in the README to the top
     text = re.sub(r'\]\(([\w/]+\.ipynb)\)', r'](nbs/\1)', text)
     Path(out).write_text(

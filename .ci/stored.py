@@ -172,12 +172,14 @@ QUOTED_BY = {
         '07_evaluation',
         'tutorials/evolution',
         'tutorials/step_through',
+        'results',
         'index',
+        'guide',
     ],
-    'chunks': ['08c_engine', 'index'],
-    'cameras': ['tutorials/own_images', 'index'],
-    'study': ['tutorials/paper', '09c_choosing', 'index'],
-    'market1501': ['tutorials/market1501', 'index'],
+    'chunks': ['08c_engine', 'results'],
+    'cameras': ['tutorials/own_images', 'results'],
+    'study': ['tutorials/paper', '09c_choosing', 'results'],
+    'market1501': ['tutorials/market1501', 'results'],
 }
 
 

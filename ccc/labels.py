@@ -34,13 +34,17 @@ def _camera_shares(labels, camids):
     return counts / counts.sum(axis=1, keepdims=True)
 
 
-@dataclass
+@dataclass(repr=False)
 class PseudoLabels:
     "Clusters of one epoch: numbered 0..K-1, none of them empty."
 
     labels: np.ndarray  # (N,) int32, OUTLIER = -1
     confidence: np.ndarray  # (N,) float32 in [0, 1]; HDC gives outliers one too, the others 0
     centroids: np.ndarray  # (K, D) float32, the start of the memory; not scaled
+
+    def __repr__(self):
+        counts = f'{self.n_clusters} clusters, {self.n_outliers} outliers'
+        return f'PseudoLabels({len(self.labels)} images: {counts})'
 
     @property
     def n_clusters(self):

@@ -58,6 +58,12 @@ def test_readme_in_step_with_index(copy):
     assert (copy / 'README.md').read_text() == stored
 
 
+def test_readme_is_short():
+    readme = (ROOT / 'README.md').read_text()
+    assert len(readme.splitlines()) <= 90 and len(readme.split()) <= 900
+    assert '![png]' not in readme  # a picture says what it shows to who cannot see it
+
+
 def test_no_link_is_part_of_the_repository():
     if not (ROOT / '.git').exists():
         pytest.skip('not a git checkout')
@@ -120,7 +126,7 @@ def test_notebook_is_fit_to_read(path):
     assert not any(o['output_type'] == 'error' for o in outputs)
     assert any('image/png' in o.get('data', {}) for o in outputs)
     assert not re.search(r'/(root|home|work|tmp)/[\w.-]+/', text)
-    assert len(text) < 1_500_000
+    assert len(text) < (1_500_000 if path.stem == 'evolution' else 400_000)
 
 
 def test_only_declared_packages_are_imported():

@@ -66,7 +66,7 @@ setup(
     install_requires=lines('requirements'),
     extras_require={
         extra: lines(f'{extra}_requirements')
-        for extra in ('dev', 'timm', 'track', 'tables', 'export', 'notebook')
+        for extra in ('dev', 'timm', 'track', 'tables', 'export', 'notebook', 'cluster')
     },
     entry_points={'console_scripts': lines('console_scripts'), 'nbdev': ['ccc=ccc._modidx:d']},
     ext_modules=kernels(),

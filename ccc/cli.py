@@ -401,7 +401,8 @@ class AblateOptions:
     study: Literal['clusterers', 'rules', 'backbones', 'clusters', 'all']  # which
     config: Config  # settings of all rows; --seed is the first seed
     seeds: int = 3  # runs of each row
-    jobs: int | None = None  # runs at a time; none: one for each GPU, or one
+    jobs: int | None = None  # runs at a time, as tasks of Ray; none: one after another
+    address: str | None = None  # of a Ray cluster, such as auto or ray://HOST:10001; none: this machine
     dry_run: bool = False  # only say what is missing, what is cached and how long it will take
 
 
@@ -426,7 +427,7 @@ def ablate(args: list):  # words after `ccc ablate`
     )
     if o.dry_run:
         return print(outlook(plan(configs, o.config, folder), folder, o.jobs))
-    left_out, found = ablate(configs, o.config, folder, o.jobs), results(folder, configs)
+    left_out, found = ablate(configs, o.config, folder, o.jobs, o.address), results(folder, configs)
     for name in STUDIES if o.study == 'all' else [o.study]:
         print('', *study_table(name, o.config, found), sep='\n')
     if left_out:
@@ -528,7 +529,7 @@ def _options(command):
     own = (
         [f.name for f in fields(kinds[command])]
         if command in kinds
-        else [f.name for f in fields(Config)] + 'resume seeds jobs'.split()
+        else [f.name for f in fields(Config)] + 'resume seeds jobs address'.split()
     )
     return {name: name.replace('_', '-') for name in own} | {
         python: option for python, option in _PYTHON_NAMES.items() if option.replace('-', '_') in own

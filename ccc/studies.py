@@ -5,34 +5,32 @@
 # %% auto #0
 __all__ = ['CLUSTERERS', 'NETWORKS', 'STUDIES', 'MAIN_CLAIMS', 'OTHER_CLAIMS', 'TABLES', 'ARCHS', 'HEADS', 'grid', 'study_base',
            'study_configs', 'fitted', 'run_key', 'Planned', 'row_name', 'find_runs', 'plan', 'count_epochs',
-           'warmup_key', 'shares_warmup', 'sole_worker', 'train_words', 'pace_key', 'known_pace', 'Runs',
-           'visible_gpus', 'missing_weights', 'ablate', 'last_line', 'try_pace', 'kept_warmups', 'outlook', 'Result',
-           'results', 'scores', 'Difference', 'paired', 'spread', 'study_rows', 'study_table', 'Claim', 'claim_rows',
-           'Finding', 'examine', 'findings_table', 'forest_plot', 'read_published', 'published_differences',
-           'comparison_table']
+           'warmup_key', 'shares_warmup', 'sole_worker', 'run_settings', 'Outcome', 'train_run', 'pace_key',
+           'known_pace', 'note_pace', 'in_turn', 'on_ray', 'count_gpus', 'missing_weights', 'ablate', 'without_weights',
+           'last_line', 'try_pace', 'kept_warmups', 'outlook', 'Result', 'results', 'scores', 'Difference', 'paired',
+           'spread', 'study_rows', 'study_table', 'Claim', 'claim_rows', 'Finding', 'examine', 'findings_table',
+           'forest_plot', 'read_published', 'published_differences', 'comparison_table']
 
 # %% ../nbs/09b_studies.ipynb #7cd7e1f7
 import csv
-import fcntl
 import json
 import os
-import queue
-import shlex
-import subprocess
-import sys
-import threading
 import time
+import traceback
 import warnings
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 
+import joblib
+import joblib
 import numpy as np
+from filelock import FileLock, Timeout
+from filelock import FileLock, Timeout
 
 from .config import Config, changes, deciding, warmup_settings
-from .experiments import BENCHMARKS, command, recipe
+from .experiments import BENCHMARKS, recipe
 
 # %% ../nbs/09b_studies.ipynb #4d3b761f
 def grid(**choices) -> list:  # setting=[values, …] -> one dict a combination
@@ -184,32 +182,74 @@ def shares_warmup(config: Config) -> bool:
 # %% ../nbs/09b_studies.ipynb #377f40da
 @contextmanager
 def sole_worker(folder: Path):
-    """The folder's lock, as a file descriptor that started runs inherit; ValueError if somebody else is at
-    work there."""
-    with open(folder / 'lock', 'w') as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f'a folder of studies must have one worker at a time, got a second one in {folder}: another'
-                ' `ccc ablate`, or runs that one has left behind'
-            ) from None
-        yield lock.fileno()
+    "Holds the folder's lock; ValueError if another process holds it."
+    try:
+        with FileLock(folder / 'lock', timeout=0):
+            yield
+    except Timeout:
+        raise ValueError(
+            f'a folder of studies must have one worker at a time, got a second one in {folder}:'
+            ' another `ccc ablate` is at work there'
+        ) from None
 
 # %% ../nbs/09b_studies.ipynb #1f75bdac
-def train_words(planned: Planned, base: Config, folder: Path) -> list:  # of a command line
-    "The command of a run: begun, or gone on with."
-    if planned.run is not None:
-        return ['train', '--resume', str(planned.run)]
-    row = row_name(planned.config, base)
-    own = dict(
+def run_settings(config: Config, base: Config, folder: Path) -> Config:
+    "The settings of a run with the places that it has in the folder of a study."
+    row = row_name(config, base)
+    return replace(
+        config,
         log_dir=str(folder / row),
-        ckpt_dir=planned.config.ckpt_dir
-        if planned.config.ckpt_dir == 'ckpt'
-        else str(Path(planned.config.ckpt_dir) / row),
-        warmup_store=str(folder / 'warmups') if shares_warmup(planned.config) else 'none',
+        ckpt_dir=config.ckpt_dir if config.ckpt_dir == 'ckpt' else str(Path(config.ckpt_dir) / row),
+        warmup_store=str(folder / 'warmups') if shares_warmup(config) else 'none',
     )
-    return shlex.split(command(replace(planned.config, **own)))[1:]
+
+
+@dataclass
+class Outcome:
+    "What came of an attempt to train a run."
+
+    problem: str = ''  # why it is not finished
+    seconds: float = 0.0  # of the clock
+    epochs: int = 0  # trained in that time; a warm-up taken from the store was not
+
+
+def train_run(
+    config: Config,  # settings of the run
+    base: Config,  # of the study
+    folder: Path,  # of the study
+    after=None,  # ignored: the outcome of the run whose warm-up this one takes
+) -> Outcome:
+    "Trains a run of a study, or goes on with it. No error of the run leaves this function."
+    row = Path(folder) / row_name(config, base)
+    row.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    with open(row / f'seed{config.seed}.log', 'a') as log, redirect_stdout(log), redirect_stderr(log):
+        try:
+            with FileLock(row / f'seed{config.seed}.lock', timeout=0):
+                epochs = _train(config, base, folder)
+        except Timeout:
+            return Outcome('another process is training it')
+        except Exception as e:  # the other runs go on
+            traceback.print_exc()
+            return Outcome(str(e) or type(e).__name__)
+    return Outcome('', time.perf_counter() - start, epochs)
+
+
+def _train(config, base, folder):
+    "Trains what is left of a run; the number of epochs that were trained here."
+    from ccc.training import Trainer
+
+    run = find_runs(folder).get(run_key(config))
+    before = count_epochs(run)
+    if run is None:
+        trainer = Trainer(run_settings(config, base, folder))
+    else:
+        trainer = Trainer.resume(run)
+    trainer.fit()
+    run = find_runs(folder)[run_key(config)]
+    if before == 0 and shares_warmup(config) and not (run / 'warmup.json').exists():
+        before = config.warmup_iters  # it came from the store
+    return config.num_epochs - before
 
 # %% ../nbs/09b_studies.ipynb #c55c68c6
 def pace_key(config: Config, jobs: int) -> str:
@@ -233,124 +273,96 @@ def known_pace(folder) -> dict:  # pace_key: seconds an epoch
     "The median pace of the finished runs of each kind."
     path, paces = Path(folder) / 'pace.jsonl', {}
     for line in path.read_text().splitlines() if path.exists() else []:
-        told = json.loads(line)
-        if told['epochs']:
-            paces.setdefault(told['kind'], []).append(told['seconds'] / told['epochs'])
+        noted = json.loads(line)
+        if noted['epochs']:
+            paces.setdefault(noted['kind'], []).append(noted['seconds'] / noted['epochs'])
     return {kind: float(np.median(p)) for kind, p in paces.items()}
 
+
+def note_pace(folder, config: Config, jobs: int, outcome: Outcome):
+    "Adds the pace of a finished run to those known."
+    note = dict(kind=pace_key(config, jobs), epochs=outcome.epochs, seconds=outcome.seconds / jobs)
+    with open(Path(folder) / 'pace.jsonl', 'a') as notes:
+        notes.write(json.dumps(note) + '\n')
+
+
+def note_pace(folder, config: Config, jobs: int, outcome: Outcome):
+    "Adds the pace of a finished run to those known."
+    note = dict(kind=pace_key(config, jobs), epochs=outcome.epochs, seconds=outcome.seconds / jobs)
+    with open(Path(folder) / 'pace.jsonl', 'a') as notes:
+        notes.write(json.dumps(note) + '\n')
+
 # %% ../nbs/09b_studies.ipynb #1bf515ca
-class Runs:
-    "Processes that train, at most `jobs` at a time."
+def in_turn(planned: list, base: Config, folder: Path):
+    "Trains runs one after another in this process; yields each with its `Outcome`."
+    for p in planned:
+        yield p, train_run(p.config, base, folder)
 
-    def __init__(self, planned: list, base: Config, folder: Path, jobs: int | None, lock: int):
-        gpus = visible_gpus(base)
-        self.jobs = jobs or max(1, len(gpus))
-        self.base, self.folder, self.lock, self.processes, self.stopping, self.guard = (
-            base,
-            folder,
-            lock,
-            set(),
-            False,
-            threading.Lock(),
-        )
-        self.slots, self.threads = queue.Queue(), str(max(1, len(os.sched_getaffinity(0)) // self.jobs))
-        for i in range(self.jobs):
-            self.slots.put(gpus[i % len(gpus)] if gpus else '')
-        self.led = {}  # warm-up: event, set when the first run that makes it has ended
-        self.pool = ThreadPoolExecutor(self.jobs)
-        self.futures = {
-            self.pool.submit(
-                self.train,
-                p,
-                self.led.get(warmup_key(p.config)),
-                self.led.setdefault(warmup_key(p.config), threading.Event()),
-            ): p
-            for p in planned
-        }
 
-    def train(
-        self, planned: Planned, wait_for: threading.Event | None, ended: threading.Event
-    ) -> str:  # '' or what went wrong
-        "One run, from beginning to end, after the run whose warm-up it shares."
-        if wait_for:
-            wait_for.wait()
-        gpu = self.slots.get()
-        try:
-            return self.process(planned, gpu)
-        except OSError as e:
-            return str(e)
-        finally:
-            self.slots.put(gpu)
-            ended.set()
+def on_ray(
+    planned: list,  # of `plan`
+    base: Config,
+    folder: Path,  # on a cluster: one that all machines share
+    jobs: int | None = None,  # runs at a time; None: one for each GPU, or for each CPU of a cluster
+    address: str | None = None,  # of a Ray cluster; None: this machine alone
+):
+    """Trains runs as tasks of Ray; yields each with its `Outcome` as it comes in. Left early, it asks the
+    runs under way to save, and waits for them. ImportError says how to get Ray."""
+    try:
+        import ray
+    except ImportError:
+        raise ImportError("--jobs and --address need `pip install 'ccc-reid[cluster]'`") from None
+    started = not ray.is_initialized()
+    if started:
+        os.environ.setdefault('RAY_worker_niceness', '0')  # Ray's 15 starves a run beside other work
+        quiet = dict(include_dashboard=False, log_to_driver=False, logging_level='error')
+        ray.init(address, **quiet, **({} if address else dict(num_cpus=joblib.cpu_count())))
+    task = ray.remote(train_run).options(max_retries=3, **_share(ray.cluster_resources(), base, jobs))
+    first, runs = {}, {}
+    for p in planned:
+        warmup = warmup_key(p.config)
+        ref = task.remote(p.config, base, folder, first.get(warmup))  # begins when the first has ended
+        runs[ref] = p
+        first.setdefault(warmup, ref)
+    waiting = list(runs)
+    try:
+        while waiting:
+            ended, waiting = ray.wait(waiting, timeout=1)
+            for ref in ended:
+                yield runs[ref], _outcome(ref)
+    finally:
+        for ref in waiting:
+            ray.cancel(ref)  # as Ctrl-C in its process: the run saves
+        ray.wait(waiting, num_returns=len(waiting), timeout=600) if waiting else None
+        if started:
+            ray.shutdown()
 
-    def process(self, planned: Planned, gpu: str) -> str:  # '' or what went wrong
-        "One process; what it prints is added to a file beside the run."
-        log, start = (
-            self.folder / row_name(planned.config, self.base) / f'seed{planned.config.seed}.log',
-            time.perf_counter(),
-        )
-        log.parent.mkdir(exist_ok=True)
-        surroundings = (
-            os.environ | dict(OMP_NUM_THREADS=self.threads) | (dict(CUDA_VISIBLE_DEVICES=gpu) if gpu else {})
-        )
-        with open(log, 'a') as out:
-            before = out.tell()
-            with self.guard:  # its own session: Ctrl-C reaches us alone, and we ask it to stop
-                if self.stopping:
-                    return 'stopped'
-                process = subprocess.Popen(
-                    [sys.executable, '-m', 'ccc', *train_words(planned, self.base, self.folder)],
-                    stdout=out,
-                    stderr=out,
-                    env=surroundings,
-                    pass_fds=(self.lock,),
-                    start_new_session=True,
-                )
-                self.processes.add(process)
-            code = process.wait()
-        self.processes.discard(process)
-        if code:
-            return (
-                log.read_text()[before:].strip().splitlines() or [f'ended with code {code} and said nothing']
-            )[-1]
-        self.keep_pace(planned, time.perf_counter() - start)
-        return ''
 
-    def keep_pace(self, planned: Planned, seconds: float):
-        "Notes how long the epochs took that were trained; those of a warm-up from the store were not."
-        run = find_runs(self.folder)[run_key(planned.config)]
-        taken = planned.config.warmup_iters * (
-            planned.run is None and shares_warmup(planned.config) and not (run / 'warmup.json').exists()
-        )
-        told = dict(
-            kind=pace_key(planned.config, self.jobs), epochs=planned.left - taken, seconds=seconds / self.jobs
-        )
-        with open(self.folder / 'pace.jsonl', 'a') as f:
-            f.write(json.dumps(told) + '\n')
+def _share(resources, base, jobs):
+    "What a run may use of the resources that Ray has: a GPU where there are some, and its part of the CPUs."
+    gpus = 0 if base.device == 'cpu' else int(resources.get('GPU', 0))
+    cpus = resources.get('CPU', 1)
+    share = cpus / (jobs or gpus or cpus)
+    return dict(num_cpus=int(share) if share >= 1 else share, num_gpus=min(gpus, 1))
 
-    def stop(self):
-        "Begins no further run, asks those under way to save, and waits for them."
-        with self.guard:
-            self.stopping = True
-            for p in self.processes:
-                p.terminate()
-        for event in self.led.values():
-            event.set()
-        self.pool.shutdown(cancel_futures=True)
+
+def _outcome(ref):
+    "The outcome of a task of Ray; one that was lost says why."
+    import ray
+
+    try:
+        return ray.get(ref)
+    except ray.exceptions.RayError as e:
+        return Outcome(str(e).strip().splitlines()[0])
 
 # %% ../nbs/09b_studies.ipynb #d4ab1b22
-def visible_gpus(config: Config) -> list:  # as of CUDA_VISIBLE_DEVICES
-    "The GPUs that runs of these settings may use."
+def count_gpus(config: Config) -> int:
+    "The number of GPUs that runs of these settings may use here."
     if config.device == 'cpu':
-        return []
+        return 0
     import torch
 
-    named = os.environ.get('CUDA_VISIBLE_DEVICES')
-    return (
-        (named.split(',') if named else list(map(str, range(torch.cuda.device_count()))))
-        if torch.cuda.is_available()
-        else []
-    )
+    return torch.cuda.device_count()
 
 # %% ../nbs/09b_studies.ipynb #2576d4a7
 def missing_weights(configs: list) -> dict:  # (arch, weights): reason
@@ -370,40 +382,44 @@ def ablate(
     configs: list,  # of `study_configs`
     base: Config,  # of `study_base`
     folder,  # where the runs are kept
-    jobs: int | None = None,  # runs at a time; None: one for each GPU, or one
+    jobs: int | None = None,  # runs at a time, by Ray; None: one after another, in this process
+    address: str | None = None,  # of a Ray cluster
 ) -> dict:  # name: reason, of the runs that are left out
     """Trains the runs that are missing and goes on with those that were stopped; Ctrl-C and SIGTERM save
     the runs under way."""
     from ccc.runs import Stopped, StopSignals
 
-    folder, left_out = Path(folder).expanduser(), {}
+    folder = Path(folder).expanduser().resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    with sole_worker(folder) as lock, StopSignals():
+    with sole_worker(folder), StopSignals():
         todo = [p for p in plan(configs, base, folder) if p.left > 0]
-        absent = missing_weights([p.config for p in todo])
-        for (arch, weights), why in absent.items():
-            print(f'left out: {arch} with weights {weights}: {why}', flush=True)
-        left_out = {
-            p.name: absent[k] for p in todo if (k := (p.config.arch, p.config.resnet_pretrained)) in absent
-        }
-        runs = Runs([p for p in todo if p.name not in left_out], base, folder, jobs, lock)
+        left_out = without_weights(todo)
+        todo = [p for p in todo if p.name not in left_out]
+        by_ray = todo and (jobs is not None or address is not None)
+        outcomes = on_ray(todo, base, folder, jobs, address) if by_ray else in_turn(todo, base, folder)
         try:
-            for n, future in enumerate(as_completed(runs.futures), 1):
-                p, why = runs.futures[future], future.result()
-                if why:
-                    left_out[p.name] = why
-                print(
-                    f'{n}/{len(runs.futures)}  {p.name}:'
-                    f' {why or last_line(find_runs(folder)[run_key(p.config)])}',
-                    flush=True,
-                )
+            with closing(outcomes):
+                for n, (p, outcome) in enumerate(outcomes, 1):
+                    if outcome.problem:
+                        left_out[p.name] = outcome.problem
+                    else:
+                        note_pace(folder, p.config, jobs or 1, outcome)
+                    result = outcome.problem or last_line(find_runs(folder)[run_key(p.config)])
+                    print(f'{n}/{len(todo)}  {p.name}: {result}', flush=True)
         except Stopped as stop:
             raise Stopped(
                 stop.signal, f'stopped by {stop}; runs under way are saved, the same command goes on'
             ) from None
-        finally:
-            runs.stop()  # after the last run there is nothing left to stop
     return left_out
+
+
+def without_weights(planned: list) -> dict:  # name: reason
+    "The runs whose weights cannot be had here; says so."
+    absent = missing_weights([p.config for p in planned])
+    for (arch, weights), why in absent.items():
+        print(f'left out: {arch} with weights {weights}: {why}', flush=True)
+    networks = {p.name: (p.config.arch, p.config.resnet_pretrained) for p in planned}
+    return {name: absent[network] for name, network in networks.items() if network in absent}
 
 
 def last_line(run: Path) -> str:
@@ -455,8 +471,8 @@ def outlook(
     jobs: int | None = None,  # runs at a time, as of `ablate`
 ) -> str:
     "What there is to do: runs, what is cached, expected time."
-    gpus = visible_gpus(planned[0].config) if planned else []
-    jobs = jobs or max(1, len(gpus))
+    gpus = count_gpus(planned[0].config) if planned else 0
+    jobs = jobs or 1
     pace, kept, begun, lines, total, to_do = known_pace(folder), kept_warmups(folder), set(), [], 0.0, 0
     width = max((len(p.name) for p in planned), default=0)
     for p in planned:
@@ -464,7 +480,7 @@ def outlook(
         # processes share the cores of a CPU: more at a time are no faster
         if p.left > 0 and kind not in pace:
             try:
-                pace[kind] = try_pace(p.config) / (min(jobs, len(gpus)) or 1)
+                pace[kind] = try_pace(p.config) / (min(jobs, gpus) or 1)
             except (OSError, ImportError, ValueError, RuntimeError) as e:
                 pace[kind] = str(e)
         cached = (
@@ -481,11 +497,11 @@ def outlook(
             else 'missing'
         )
         if isinstance(seconds := pace.get(kind, 0.0), str):
-            told = f'left out: {seconds}'
+            note = f'left out: {seconds}'
         else:
             total, to_do = total + left * seconds, to_do + (p.left > 0)
-            told = f'{left * seconds:7.0f} s' if p.left > 0 else ''
-        lines.append(f'{p.name:{width}}  {state:26} {"warm-up cached" if cached else "":15}{told}'.rstrip())
+            note = f'{left * seconds:7.0f} s' if p.left > 0 else ''
+        lines.append(f'{p.name:{width}}  {state:26} {"warm-up cached" if cached else "":15}{note}'.rstrip())
     return '\n'.join(
         [*lines, f'{to_do} of {len(planned)} runs to do, about {total / 60:.1f} min with {jobs} at a time']
     )

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -10,12 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from ccc.runs import read_metrics
 from ccc.studies import (
     NETWORKS,
     STUDIES,
-    Planned,
     ablate,
     find_runs,
     fitted,
@@ -32,7 +33,8 @@ from ccc.studies import (
     study_configs,
     study_rows,
     study_table,
-    train_words,
+    run_settings,
+    run_share,
     warmup_key,
 )
 
@@ -141,14 +143,18 @@ import sys
 from dataclasses import replace
 from ccc.studies import ablate, study_base
 base = study_base('city', **{tiny})
-try: ablate([replace(base, clustering=c) for c in ('kmeans', 'dbscan')], base, sys.argv[1])
+options = dict(jobs=int(sys.argv[2])) if len(sys.argv) > 2 else {}
+configs = [replace(base, clustering=c) for c in ('kmeans', 'dbscan')]
+try: left_out = ablate(configs, base, sys.argv[1], **options)
 except ValueError as e: sys.exit(str(e))
+if left_out: sys.exit(str(left_out))
 '''.replace('{tiny}', repr(TINY))
 
 
-def begin(folder):
+def begin(folder, *words):
     return subprocess.Popen(
-        [sys.executable, '-c', SCRIPT, str(folder)],
+        [sys.executable, '-c', SCRIPT, str(folder), *words],
+        env=os.environ | dict(OMP_NUM_THREADS='1'),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -178,37 +184,107 @@ def free(folder):
         return False
 
 
-def test_killed_stopped_and_gone_on_with(tmp_path):
-    clean, folder = begin(tmp_path / 'clean'), tmp_path / 'hit'
-    said = clean.communicate(timeout=400)[0]
-    assert clean.returncode == 0, said
-    killed = begin(folder)
-    wait_for(lambda: any(read_metrics(r) for r in find_runs(folder).values()))
+@pytest.fixture(scope='module')
+def in_turn(tmp_path_factory):
+    "The numbers of the study, one run after another."
+    folder = tmp_path_factory.mktemp('in_turn')
+    study = begin(folder)
+    printed = study.communicate(timeout=400)[0]
+    assert study.returncode == 0, printed
+    assert len(numbers(folder)) == 2
+    return numbers(folder)
+
+
+def has_begun(folder):
+    return any(read_metrics(run) for run in find_runs(folder).values())
+
+
+@pytest.mark.parametrize('words', [(), ('2',)], ids=['one after another', 'on Ray'])
+def test_killed_stopped_and_gone_on_with(tmp_path, in_turn, words):
+    if words:
+        pytest.importorskip('ray')
+    killed = begin(tmp_path, *words)
+    wait_for(lambda: has_begun(tmp_path))
     killed.kill()
-    wait_for(lambda: free(folder))  # its run lives on until it is finished
-    stopped = begin(folder)
-    wait_for(lambda: len(find_runs(folder)) == 2)
+    killed.communicate()
+    wait_for(lambda: free(tmp_path))
+    stopped = begin(tmp_path, *words)
+    wait_for(lambda: len(find_runs(tmp_path)) == 2)
     stopped.send_signal(signal.SIGTERM)
-    said = stopped.communicate(timeout=400)[0]
-    assert stopped.returncode != 0 and 'runs under way are saved' in said, said
-    last = begin(folder)
-    said = last.communicate(timeout=400)[0]
-    assert last.returncode == 0, said
-    assert numbers(folder) == numbers(tmp_path / 'clean') and len(numbers(folder)) == 2
+    printed = stopped.communicate(timeout=400)[0]
+    assert stopped.returncode != 0 and 'runs under way are saved' in printed, printed
+    wait_for(lambda: free(tmp_path))
+    last = begin(tmp_path, *words)
+    printed = last.communicate(timeout=400)[0]
+    assert last.returncode == 0, printed
+    assert numbers(tmp_path) == in_turn
 
 
-def test_a_run_left_behind_holds_the_folder(tmp_path):
+def workers(parent):
+    "The processes in which Ray runs tasks for a process."
+    import psutil
+
+    below = psutil.Process(parent).children(recursive=True)
+    return [p for p in below if 'ray::train_run' in ' '.join(p.cmdline()) or 'ray::train_run' in p.name()]
+
+
+def test_a_worker_that_is_killed_is_started_again(tmp_path, in_turn):
+    pytest.importorskip('ray')
+    study = begin(tmp_path, '1')
+    wait_for(lambda: has_begun(tmp_path))
+    victims = workers(study.pid)
+    assert victims, 'no worker of Ray was seen'
+    for victim in victims:
+        victim.kill()
+    printed = study.communicate(timeout=400)[0]
+    assert study.returncode == 0, printed
+    assert numbers(tmp_path) == in_turn
+
+
+CLUSTER = """
+import sys
+from dataclasses import replace
+import ray
+from ray.cluster_utils import Cluster
+import ccc.studies as studies
+cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, include_dashboard=False))
+cluster.add_node(num_cpus=1)
+base = studies.study_base('city', **{tiny})
+real = studies.train_run
+def noting(*given):
+    import os, ray
+    with open(os.path.join(given[2], 'nodes'), 'a') as nodes:
+        print(ray.get_runtime_context().get_node_id(), file=nodes)
+    return real(*given)
+studies.train_run = noting
+configs = [replace(base, clustering=c, warmup_with_dbscan=False) for c in ('kmeans', 'dbscan')]
+sys.exit(str(studies.ablate(configs, base, sys.argv[1], address=cluster.address) or '') or 0)
+""".replace('{tiny}', repr(TINY))
+
+
+def test_two_nodes_both_get_work(tmp_path):
+    pytest.importorskip('ray')
+    done = subprocess.run(
+        [sys.executable, '-c', CLUSTER, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env=os.environ | dict(OMP_NUM_THREADS='1'),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(set((tmp_path / 'nodes').read_text().split())) == 2
+    assert len(numbers(tmp_path)) == 2
+
+
+def test_a_run_that_another_process_trains_is_left_alone(tmp_path):
     base = study_base('city', **TINY)
-    with sole_worker(tmp_path) as lock:
-        left_behind = subprocess.Popen(['sleep', '600'], pass_fds=(lock,))
-    try:
+    (tmp_path / 'base').mkdir()
+    with FileLock(tmp_path / 'base' / 'seed1.lock'):
+        assert ablate([base], base, tmp_path) == {'base seed 1': 'another process is training it'}
+    with sole_worker(tmp_path):
         with pytest.raises(ValueError, match='one worker at a time'):
             ablate([base], base, tmp_path)
-    finally:
-        left_behind.kill()
-        left_behind.wait()
-    with sole_worker(tmp_path):
-        pass  # free again
+    assert find_runs(tmp_path) == {}
 
 
 def test_a_run_that_crashes_is_left_out_and_the_others_go_on(tmp_path):
@@ -217,7 +293,7 @@ def test_a_run_that_crashes_is_left_out_and_the_others_go_on(tmp_path):
     left_out = ablate([bad, base], base, tmp_path)
     assert (
         list(left_out) == ['num_clusters=10000 seed 1']
-        and '--num-clusters must not exceed' in left_out['num_clusters=10000 seed 1']
+        and 'num_clusters must not exceed' in left_out['num_clusters=10000 seed 1']
     )
     found = results(tmp_path)
     assert list(found) == [run_key(base)] and scores(base, found).keys() == {1} and scores(bad, found) == {}
@@ -284,14 +360,14 @@ def test_settings_that_cannot_be_read_are_left_alone(tmp_path, text):
 
 
 def test_a_run_that_cannot_start_stops_nothing_else(tmp_path, monkeypatch):
-    import ccc.studies as studies
+    from ccc.training import Trainer
 
     def refused(*_, **__):
         raise OSError(24, 'Too many open files')
 
-    monkeypatch.setattr(studies.subprocess, 'Popen', refused)
-    base = study_base('city', device='cpu')
-    left_out = ablate([replace(base, seed=s) for s in (1, 2, 3)], base, tmp_path, jobs=1)
+    monkeypatch.setattr(Trainer, 'fit', refused)
+    base = study_base('city', **TINY)
+    left_out = ablate([replace(base, seed=s) for s in (1, 2, 3)], base, tmp_path)
     assert len(left_out) == 3 and all('Too many open files' in why for why in left_out.values())
     with sole_worker(tmp_path):
         pass
@@ -299,10 +375,8 @@ def test_a_run_that_cannot_start_stops_nothing_else(tmp_path, monkeypatch):
 
 def test_checkpoints_elsewhere_are_kept_apart():
     base = study_base('city', ckpt_dir='somewhere')
-    words = [
-        train_words(Planned(replace(base, clustering=c), ''), base, Path('x')) for c in ('hdc', 'kmeans')
-    ]
-    assert len({w[w.index('--ckpt-dir') + 1] for w in words}) == 2
+    places = [run_settings(replace(base, clustering=c), base, Path('x')) for c in ('hdc', 'kmeans')]
+    assert len({place.ckpt_dir for place in places}) == 2
 
 
 def test_pace_counts_the_epochs_that_were_trained(tmp_path):
@@ -336,26 +410,26 @@ def test_pairs_are_pairs():
     assert paired({1: 0.2, 2: 0.3}, {1: 0.1, 2: 0.2}).n == 2
 
 
-def test_several_gpus_have_one_run_each_at_a_time(tmp_path, monkeypatch):
-    import ccc.studies as studies
-
-    busy, most, seen = set(), [], []
-
-    class Process:
-        def __init__(self, words, env, **_):
-            self.gpu = env['CUDA_VISIBLE_DEVICES']
-            assert self.gpu not in busy
-            busy.add(self.gpu)
-            most.append(len(busy))
-            seen.append(self.gpu)
-
-        def wait(self):
-            time.sleep(0.1)
-            busy.discard(self.gpu)
-            return 1
-
-    monkeypatch.setattr(studies, 'visible_gpus', lambda config: ['0', '3'])
-    monkeypatch.setattr(studies.subprocess, 'Popen', Process)
+def test_a_run_has_its_share():
+    "One GPU each, where there are some; else its part of the CPUs."
     base = study_base('city')
-    left_out = ablate([replace(base, seed=s) for s in range(6)], base, tmp_path)
-    assert len(left_out) == len(seen) == 6 and set(seen) == {'0', '3'} and max(most) == 2
+    eight = dict(CPU=16.0, GPU=8.0)
+    assert run_share(eight, base, None) == dict(num_cpus=2, num_gpus=1)
+    assert run_share(eight, replace(base, device='cpu'), 4) == dict(num_cpus=4, num_gpus=0)
+    assert run_share(dict(CPU=2.0), base, 4) == dict(num_cpus=0.5, num_gpus=0)
+    assert run_share(dict(CPU=2.0), base, None) == dict(num_cpus=1, num_gpus=0)
+
+
+def test_everything_is_imported_without_what_only_unix_has():
+    "What Windows and macOS lack is taken away; every module is still imported."
+    code = """
+import os, sys
+for name in ('fcntl', 'resource', 'pwd', 'grp', 'termios'): sys.modules[name] = None
+import importlib, pathlib, ccc
+names = ('sched_getaffinity', 'register_at_fork', 'fork', 'geteuid', 'uname')
+for name in names: delattr(os, name)
+for path in pathlib.Path(ccc.__file__).parent.glob('*.py'):
+    if not path.stem.startswith('__'): importlib.import_module(f'ccc.{path.stem}')
+"""
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

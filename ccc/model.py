@@ -27,9 +27,9 @@ from PIL import Image
 from torch import nn
 
 from .config import Config, changes
-from .data import _MEAN, _STD, Split, _open, load_dataset, load_images, normalize
+from .data import IMAGENET_MEAN, IMAGENET_STD, Split, load_dataset, load_images, normalize
 from .engine import check_device
-from .folder import blur_head, check_images, image_files, keep_readable, to_rgb
+from .folder import blur_head, check_images, image_files, keep_readable, read_image, to_rgb
 from .labels import PseudoLabels, make_labels
 from .runs import RunFolder
 from .training import checkpoints, make_network, read_checkpoint, read_metrics, write_file
@@ -111,7 +111,7 @@ class Crops:
             return self.items.image(i)
         item = self.items[i]
         if isinstance(item, (str, os.PathLike)):
-            return _open(item)
+            return read_image(item)
         try:
             return to_rgb(item)
         except ValueError as e:
@@ -246,7 +246,7 @@ def describe(
         height=config.height,
         width=config.width,
         resize='to height x width, aspect not kept, bilinear with anti-aliasing (PIL.Image.BILINEAR)',
-        normalisation=dict(inside=True, mean=_MEAN, std=_STD),
+        normalisation=dict(inside=True, mean=IMAGENET_MEAN, std=IMAGENET_STD),
         settings=settings,
         epochs=epoch,
         data=told.get('data', {}),

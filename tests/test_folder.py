@@ -558,7 +558,7 @@ def test_cameras_count_from_zero_or_one(tmp_path, first, cams):
         picture(i).save(tmp_path / f'{i:04d}_c{first + i % 3}_a.png')
     assert sorted(set(load_dataset('folder', tmp_path).train.camids.tolist())) == list(cams)
     if not first:
-        with pytest.raises(ValueError, match='first_camera=1, found 0'):
+        with pytest.raises(ValueError, match='first_camera=1, got 0'):
             load_dataset('folder', tmp_path, first_camera=1)
 
 

@@ -20,7 +20,7 @@ from ccc.model import (
     Crops,
     Index,
     Model,
-    _of_network,
+    from_network,
     card,
     describe,
     pair_similarities,
@@ -38,7 +38,7 @@ CONFIG = Config(dataset='city', arch='resnet18', resnet_pretrained='none', heigh
 @pytest.fixture(scope='module')
 def model():
     net = make_network(CONFIG)
-    made = _of_network(net, describe(net, CONFIG, 'nobody'), 'cpu')
+    made = from_network(net, describe(net, CONFIG, 'nobody'), 'cpu')
     made.progress = False
     return made
 

@@ -313,7 +313,7 @@ def test_published_weights_that_cannot_be_had(monkeypatch):
 
     monkeypatch.setattr(timm, 'create_model', offline)
     with pytest.raises(
-        OSError, match='timm:test_vit could not be had .no route to host.*--resnet-pretrained'
+        OSError, match='timm:test_vit could not be downloaded .no route to host.*--resnet-pretrained'
     ):
         build_backbone('timm:test_vit', 'V1', 'token', size=(64, 32))
     with pytest.raises(ValueError, match="timm publishes none; got 'V1'"):

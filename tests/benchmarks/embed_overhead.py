@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ccc.config import Config
-from ccc.model import _of_network, describe
+from ccc.model import from_network, describe
 from ccc.training import make_network
 
 torch.set_num_threads(1)
@@ -19,7 +19,7 @@ for arch, height, width in (
 ):
     config = Config(arch=arch, resnet_pretrained='none', height=height, width=width, device='cpu')
     net = make_network(config)
-    model = _of_network(net, describe(net, config, 'random'), 'cpu')
+    model = from_network(net, describe(net, config, 'random'), 'cpu')
     rng = np.random.default_rng(0)
     frame = rng.integers(0, 255, (1080, 1920, 3), dtype=np.uint8)
     corners = rng.integers(0, (1700, 700), (16, 2))

@@ -39,10 +39,10 @@ from ccc.engine import (
     training_flops,
     training_module,
 )
-from .evaluation import evaluate_ranking, rerank, rerank_features
+from .evaluation import evaluate_embeddings, evaluate_ranking, rerank, rerank_features
 from .folder import check_images, keep_readable
 from .labels import PseudoLabels, diagnose
-from .parts import Parts, check_augmented, check_batch, check_labels, check_loss, check_memory
+from .parts import Parts, check_augmented, check_batch, check_labels, check_loss, check_memory, seed_for
 from .viz import sample_points
 
 # %% ../nbs/08f_epoch.ipynb #69f7b4b3

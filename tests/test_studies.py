@@ -117,9 +117,9 @@ def test_what_does_not_shape_the_weights_makes_no_other_run():
 
 
 def test_a_plan_puts_those_first_who_leave_a_warm_up_to_others(tmp_path):
-    seen, base = set(), study_base('city')
+    keys, base = set(), study_base('city')
     planned = plan(study_configs('all', base), base, tmp_path)
-    new = [not (warmup_key(p.config) in seen or seen.add(warmup_key(p.config))) for p in planned]
+    new = [not (warmup_key(p.config) in keys or keys.add(warmup_key(p.config))) for p in planned]
     assert new == sorted(new, reverse=True) and 0 < sum(new) < len(new)
 
 
@@ -180,8 +180,8 @@ def free(folder):
 
 def test_killed_stopped_and_gone_on_with(tmp_path):
     clean, folder = begin(tmp_path / 'clean'), tmp_path / 'hit'
-    said = clean.communicate(timeout=400)[0]
-    assert clean.returncode == 0, said
+    output = clean.communicate(timeout=400)[0]
+    assert clean.returncode == 0, output
     killed = begin(folder)
     wait_for(lambda: any(read_metrics(r) for r in find_runs(folder).values()))
     killed.kill()
@@ -189,11 +189,11 @@ def test_killed_stopped_and_gone_on_with(tmp_path):
     stopped = begin(folder)
     wait_for(lambda: len(find_runs(folder)) == 2)
     stopped.send_signal(signal.SIGTERM)
-    said = stopped.communicate(timeout=400)[0]
-    assert stopped.returncode != 0 and 'runs under way are saved' in said, said
+    output = stopped.communicate(timeout=400)[0]
+    assert stopped.returncode != 0 and 'runs under way are saved' in output, output
     last = begin(folder)
-    said = last.communicate(timeout=400)[0]
-    assert last.returncode == 0, said
+    output = last.communicate(timeout=400)[0]
+    assert last.returncode == 0, output
     assert numbers(folder) == numbers(tmp_path / 'clean') and len(numbers(folder)) == 2
 
 
@@ -219,8 +219,8 @@ def test_a_run_that_crashes_is_left_out_and_the_others_go_on(tmp_path):
         list(left_out) == ['num_clusters=10000 seed 1']
         and '--num-clusters must not exceed' in left_out['num_clusters=10000 seed 1']
     )
-    found = results(tmp_path)
-    assert list(found) == [run_key(base)] and scores(base, found).keys() == {1} and scores(bad, found) == {}
+    runs = results(tmp_path)
+    assert list(runs) == [run_key(base)] and scores(base, runs).keys() == {1} and scores(bad, runs) == {}
     assert 'finished' in outlook(plan([base], base, tmp_path), tmp_path)
 
 
@@ -339,7 +339,7 @@ def test_pairs_are_pairs():
 def test_several_gpus_have_one_run_each_at_a_time(tmp_path, monkeypatch):
     import ccc.studies as studies
 
-    busy, most, seen = set(), [], []
+    busy, most, gpus = set(), [], []
 
     class Process:
         def __init__(self, words, env, **_):
@@ -347,7 +347,7 @@ def test_several_gpus_have_one_run_each_at_a_time(tmp_path, monkeypatch):
             assert self.gpu not in busy
             busy.add(self.gpu)
             most.append(len(busy))
-            seen.append(self.gpu)
+            gpus.append(self.gpu)
 
         def wait(self):
             time.sleep(0.1)
@@ -358,4 +358,4 @@ def test_several_gpus_have_one_run_each_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(studies.subprocess, 'Popen', Process)
     base = study_base('city')
     left_out = ablate([replace(base, seed=s) for s in range(6)], base, tmp_path)
-    assert len(left_out) == len(seen) == 6 and set(seen) == {'0', '3'} and max(most) == 2
+    assert len(left_out) == len(gpus) == 6 and set(gpus) == {'0', '3'} and max(most) == 2

@@ -479,8 +479,8 @@ def suggest(args: list):  # words after `ccc suggest`
     )
     n_clusters = likely_clusters(eps, len(x))
     print(
-        f"{eps}\n  {eps.told['n_clusters'][eps.at]} clusters, {eps.told['n_outliers'][eps.at]} of {len(x)}"
-        f" images in none; {n_clusters} clusters, had these come in clusters, too"
+        f"{eps}\n  {eps.counts['n_clusters'][eps.at]} clusters, {eps.counts['n_outliers'][eps.at]} of {len(x)}"
+        f" images in none; {n_clusters} clusters if these were in clusters of the same size"
     )
     print(f'--dbscan-eps {eps.value} --num-clusters {n_clusters}')
 

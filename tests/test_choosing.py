@@ -26,9 +26,9 @@ def test_quality_is_the_mean_silhouette_of_scikit_learn(seed, n):
     upper = np.triu(rng.integers(1, 9, (n, n)) / 8, 1).astype(np.float32)
     dense, labels, order = upper + upper.T, rng.integers(-1, 4, n), rng.permutation(n)
     members = labels >= 0
-    told = label_quality(as_graph(dense, n), labels)
+    quality = label_quality(as_graph(dense, n), labels)
     apart = 1 < len(np.unique(labels[members])) < members.sum()
-    assert told == pytest.approx(
+    assert quality == pytest.approx(
         (
             silhouette_samples(dense[np.ix_(members, members)], labels[members], metric='precomputed').sum()
             / n
@@ -39,28 +39,28 @@ def test_quality_is_the_mean_silhouette_of_scikit_learn(seed, n):
     )
     assert label_quality(
         as_graph(dense[np.ix_(order, order)], n), np.where(members, 9 - labels, -1)[order]
-    ) == pytest.approx(told, abs=1e-6)
+    ) == pytest.approx(quality, abs=1e-6)
 
 
 def test_plain_groups_are_found():
-    "Twelve people, well apart: the number is found, and any radius that finds it."
+    "Twelve people, well apart: the suggested radius and K both give twelve clusters."
     x, pids, _ = toy_embeddings(n_ids=12, camera_shift=0.3, noise=0.3)
     s = suggest_n_clusters(x, [6, 9, 12, 16, 24], 'kmeans', k1=20, k2=4)
     assert s.value == 12 and s.at == 2 and 'edge' not in str(s)
     eps = suggest_eps(x, k1=20, k2=4)
     assert (
         make_labels(x, 'dbscan', eps=eps.value, k1=20, k2=4).n_clusters == 12
-        and eps.told['n_clusters'][eps.candidates.index(eps.value)] == 12
+        and eps.counts['n_clusters'][eps.candidates.index(eps.value)] == 12
     )
     s = suggest_n_clusters(x, k1=20, k2=4)
     assert s.value == 12 and s.candidates == [8, 10, 12, 14, 17]
 
 
 def test_clusters_are_looked_for_where_outliers_would_bring_them():
-    "Candidates lie around DBSCAN's number, scaled up as if its outliers came in clusters, too."
+    "Candidates lie around DBSCAN's number, divided by the share of images in clusters."
     x, _, _ = toy_embeddings(n_ids=30, camera_shift=0.8, noise=1.1)
     eps, s = suggest_eps(x, k1=20, k2=4), suggest_n_clusters(x, k1=20, k2=4)
-    n, out = (eps.told[k][eps.at] for k in ('n_clusters', 'n_outliers'))
+    n, out = (eps.counts[k][eps.at] for k in ('n_clusters', 'n_outliers'))
     assert out > len(x) / 5 and s.candidates[2] == round(n / (1 - out / len(x))) > n
     assert 'at the edge' in str(suggest_n_clusters(x, [3, 6], 'kmeans', k1=20, k2=4))
 

@@ -274,7 +274,7 @@ def test_numbers_of_different_types_are_the_same_people():
 
 
 @pytest.mark.parametrize(
-    'wrong, said',
+    'wrong, message',
     [
         ([1.5, 1, 2, 3, 300], '1.5'),
         ([np.nan, 1, 2, 3, 300], 'nan'),
@@ -298,12 +298,12 @@ def test_numbers_of_different_types_are_the_same_people():
         (7, 'shape'),
     ],
 )
-def test_identities_that_are_none_are_refused_by_value(wrong, said):
+def test_identities_that_are_none_are_refused_by_value(wrong, message):
     for call in (
         lambda: evaluate_ranking(TABLE, wrong, PEOPLE[1], *CAMERAS),
         lambda: evaluate_embeddings(TABLE, np.ones((6, 6)), wrong, PEOPLE[1], *CAMERAS),
     ):
-        with pytest.raises(ValueError, match=said) as e:
+        with pytest.raises(ValueError, match=message) as e:
             call()
         assert 'pids' in str(e.value) and '\n' not in str(e.value)
     with pytest.raises(ValueError, match='camids'):
@@ -388,19 +388,19 @@ def test_a_ranking_does_not_know_order_or_names(case, seed):
     """The gallery in another order, people and cameras under other numbers, distances on another scale:
     the same to the bit, ties included."""
     (distmat, q_pids, g_pids, q_camids, g_camids), rng = case, np.random.default_rng(seed)
-    told, p = evaluate_ranking(*case), rng.permutation(len(g_pids))
-    same(told, evaluate_ranking(distmat[:, p], q_pids, g_pids[p], q_camids, g_camids[p]))
+    plain, p = evaluate_ranking(*case), rng.permutation(len(g_pids))
+    same(plain, evaluate_ranking(distmat[:, p], q_pids, g_pids[p], q_camids, g_camids[p]))
     # all but -1, nobody's name
     people, cameras = np.setdiff1d(np.arange(-50, 51), [-1])[rng.permutation(100)], rng.permutation(9)
     same(
-        told, evaluate_ranking(distmat, people[q_pids], people[g_pids], cameras[q_camids], cameras[g_camids])
+        plain, evaluate_ranking(distmat, people[q_pids], people[g_pids], cameras[q_camids], cameras[g_camids])
     )
-    same(told, evaluate_ranking(8 * distmat, *case[1:]))
+    same(plain, evaluate_ranking(8 * distmat, *case[1:]))
     order = rng.permutation(len(q_pids))
     shuffled = evaluate_ranking(distmat[order], q_pids[order], g_pids, q_camids[order], g_camids)
-    np.testing.assert_array_equal(shuffled.ap, told.ap[order])
-    np.testing.assert_array_equal(shuffled.first_rank, told.first_rank[order])
-    assert shuffled.mAP == pytest.approx(told.mAP, abs=1e-12)
+    np.testing.assert_array_equal(shuffled.ap, plain.ap[order])
+    np.testing.assert_array_equal(shuffled.first_rank, plain.first_rank[order])
+    assert shuffled.mAP == pytest.approx(plain.mAP, abs=1e-12)
 
 
 @settings(max_examples=60)
@@ -415,9 +415,9 @@ def test_what_more_images_in_the_gallery_do(case, seed):
     one = lambda d, pids, cams: evaluate_ranking(
         d[None].astype(np.float32), q_pids[[i]], pids, q_camids[[i]], cams
     )
-    told = one(distmat[i], g_pids, g_camids)
+    plain = one(distmat[i], g_pids, g_camids)
     same(
-        told,
+        plain,
         one(
             np.append(distmat[i], rng.random()),
             np.append(g_pids, q_pids[i]),
@@ -425,12 +425,14 @@ def test_what_more_images_in_the_gallery_do(case, seed):
         ),
     )
     nearer = one(np.append(distmat[i], -1), np.append(g_pids, 99), np.append(g_camids, 0))
-    assert nearer.first_rank[0] == told.first_rank[0] + 1 and nearer.mAP < told.mAP
+    assert nearer.first_rank[0] == plain.first_rank[0] + 1 and nearer.mAP < plain.mAP
     strangers = np.flatnonzero(g_pids != q_pids[i])
     assume(len(strangers))
     twice = np.append(np.arange(len(g_pids)), rng.choice(strangers))
     copied = one(distmat[i][twice], g_pids[twice], g_camids[twice])
-    assert copied.mAP <= told.mAP and copied.mINP <= told.mINP and copied.first_rank[0] >= told.first_rank[0]
+    assert (
+        copied.mAP <= plain.mAP and copied.mINP <= plain.mINP and copied.first_rank[0] >= plain.first_rank[0]
+    )
 
 
 @given(seed=st.integers(0, 10**6), n_q=st.integers(2, 6), n_g=st.integers(10, 30))

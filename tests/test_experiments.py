@@ -159,10 +159,10 @@ def test_a_published_command_in_a_shell():
     line = (
         ours(VERI).replace('\n', ' \\\n').replace('ccc train', f'{shlex.quote(sys.executable)} -m ccc train')
     )
-    said = subprocess.run(
+    output = subprocess.run(
         line + ' --print-config', shell=True, capture_output=True, text=True, check=True
     ).stdout
-    assert said.splitlines()[-1] == command(recipe('veri-hdc'))
+    assert output.splitlines()[-1] == command(recipe('veri-hdc'))
 
 
 @pytest.mark.parametrize('name', RECIPES)
@@ -171,16 +171,16 @@ def test_a_command_leads_back_to_its_recipe(name):
     assert train_options(['--recipe', name]).config == recipe(name)
 
 
-def test_every_setting_can_be_said(tmp_path):
+def test_every_setting_can_be_written_as_an_option(tmp_path):
     other = dict(bool=lambda v: not v, int=lambda v: 2 * v, float=lambda v: v / 2)
     for name, value in vars(start('msmt17')).items():
         if name in ('recipe', 'dataset'):
             continue
-        told = other[type(value).__name__](value) if type(value).__name__ in other else None
-        if told is None:
+        changed = other[type(value).__name__](value) if type(value).__name__ in other else None
+        if changed is None:
             continue
-        settings = {name: told} | (
-            dict(batch_size=4 * told) if name in ('num_instances', 'bn_chunks') else {}
+        settings = {name: changed} | (
+            dict(batch_size=4 * changed) if name in ('num_instances', 'bn_chunks') else {}
         )
         config = replace(start('msmt17'), **settings)
         assert train_options(shlex.split(command(config))[2:]).config == config, name

@@ -56,9 +56,9 @@ def test_golden_rounds(name, both_ways):
     both_ways(hdc, '_hdc_kernels')
     g = golden_case(name)
     rounds = hdc_rounds(g['features'], graph_of(name, g), g['init_indices'], **CASES[name])
-    for labels, kept, shift, r in zip(g['labels_trace'], g['pod_trace'], g['shift'], rounds):
+    for labels, expected, shift, r in zip(g['labels_trace'], g['pod_trace'], g['shift'], rounds):
         np.testing.assert_array_equal(r.labels, labels)
-        np.testing.assert_array_equal(np.where(r.peripheral, -1, r.labels), kept)
+        np.testing.assert_array_equal(np.where(r.peripheral, -1, r.labels), expected)
         assert abs(r.shift - shift) < 1e-5
     np.testing.assert_allclose(r.centroids, g['centroids'], atol=1e-5)
 
@@ -98,11 +98,11 @@ def test_golden_rounds_on_tensors(name, device):
         ),
         sparse.shape,
     )
-    for labels, kept, shift, r in zip(
+    for labels, expected, shift, r in zip(
         g['labels_trace'], g['pod_trace'], g['shift'], hdc_rounds(x, graph, g['init_indices'], **CASES[name])
     ):
         np.testing.assert_array_equal(r.labels, labels)
-        np.testing.assert_array_equal(np.where(r.peripheral, -1, r.labels), kept)
+        np.testing.assert_array_equal(np.where(r.peripheral, -1, r.labels), expected)
         assert abs(r.shift - shift) < 1e-5
     assert r.centroids.device.type == device
     fit = HDC(len(g['init_indices']), init=g['init_indices'], **CASES[name]).fit(x, graph=graph)
@@ -324,10 +324,10 @@ def test_assignment_with_ties_is_the_dense_definition(seed, n, k, levels):
     H = np.stack(
         [a[np.arange(n), own[h[:, own].argmax(1)]] if len(own) else np.full(n, np.inf) for own in members], 1
     )
-    order, start = hdc._members(labels, m, k)
-    found = hdc.discrepancies(hdc.as_graph(graph, n))
+    order, start = hdc.members_by_cluster(labels, m, k)
+    sparse = hdc.discrepancies(hdc.as_graph(graph, n))
     nearest, smallest, total = hdc.kernels.assign(
-        found.indptr, found.indices, found.data, labels, m, order, start, hdc.CEILING
+        sparse.indptr, sparse.indices, sparse.data, labels, m, order, start, hdc.CEILING
     )
     np.testing.assert_array_equal(smallest, H.min(1))
     np.testing.assert_array_equal(nearest, np.where(H.min(1) < hdc.CEILING, H.argmin(1), -1))

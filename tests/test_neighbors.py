@@ -128,9 +128,9 @@ def test_approximate_neighbours_report_their_recall(index, capsys):
     x = np.repeat(golden('jaccard')['features'], 8, axis=0) + 0.05 * np.random.default_rng(0).normal(
         size=(4000, golden('jaccard')['features'].shape[1])
     ).astype(np.float32)
-    exact, found = knn(x, 11)[1], knn(x, 11, index)[1]
+    exact, approximate = knn(x, 11)[1], knn(x, 11, index)[1]
     printed = float(capsys.readouterr().out.split('%')[0].split(':')[1]) / 100
-    measured = np.mean([len(set(a) & set(b)) / 11 for a, b in zip(exact, found)])
+    measured = np.mean([len(set(a) & set(b)) / 11 for a, b in zip(exact, approximate)])
     assert abs(printed - measured) < 0.03 and measured > 0.8
 
 

@@ -55,6 +55,7 @@ from ccc.parts import (
     check_same_parts,
 )
 from ccc.runs import (
+    Beside,
     RunFolder,
     Stopped,
     StopSignals,
@@ -64,6 +65,8 @@ from ccc.runs import (
     newest_checkpoint,
     progress,
     read_checkpoint,
+    snapshot,
+    stop_behind,
     summary,
     table_head,
     table_line,
@@ -259,13 +262,30 @@ class WarmupStore:
 class Maps:
     "A callback: a UMAP of at most 1000 training images each epoch, and the picture of a finished run."
 
-    def arrays_to_keep(self, trainer, row: dict) -> dict:  # map (M, 2), map_index (M,), camids (M,)
+    def __init__(self):
+        self.beside, self.epoch = Beside(), None  # the epoch whose map is being made there
+
+    def after_labels(self, trainer):
+        "Where an accelerator trains, the map is made beside it; on a CPU both would want the same cores."
+        if trainer.is_main and trainer.engine.device.type != 'cpu':
+            self.beside.start(self.make, trainer)
+            self.epoch = trainer.epoch
+
+    def make(self, trainer) -> np.ndarray:  # (M, 2)
         "The map of the epoch, which starts from the one before."
-        state, train, seed = trainer.state, trainer.dataset.train, trainer.config.seed
-        shown = sample_points(len(state.x), 1000, seed)
+        state, seed = trainer.state, trainer.config.seed
+        return umap_map(state.x[self.shown(trainer)], init=state.map, random_state=seed)
+
+    def shown(self, trainer) -> np.ndarray:  # (M,) positions
+        "Which training images the map shows: the same ones each epoch."
+        return sample_points(len(trainer.state.x), 1000, trainer.config.seed)
+
+    def arrays_to_keep(self, trainer, row: dict) -> dict:  # map (M, 2), map_index (M,), camids (M,)
+        "The map, made now or waited for; `seconds` has the time that training stood still for it."
+        state, train, shown = trainer.state, trainer.dataset.train, self.shown(trainer)
         with trainer.stages.timed('map'):
-            state.map = umap_map(state.x[shown], init=state.map, random_state=seed)
-        row['seconds']['map'] = round(state.seconds['map'], 3)
+            state.map = self.beside.wait() if self.epoch == row['epoch'] else self.make(trainer)
+        self.epoch, row['seconds']['map'] = None, round(state.seconds['map'], 3)
         arrays = dict(map=state.map, map_index=shown)
         return arrays | (dict(camids=train.camids[shown]) if train.has_camids else {})
 
@@ -339,7 +359,7 @@ class BadBatches:
         )
 
 # %% ../nbs/08_training.ipynb #77d07f43
-HOOKS = ('before_fit', 'arrays_to_keep', 'after_epoch', 'after_fit', 'on_error')
+HOOKS = ('before_fit', 'after_labels', 'arrays_to_keep', 'after_epoch', 'after_fit', 'on_error')
 
 
 def own_callbacks(config: Config) -> list:
@@ -385,7 +405,7 @@ class Trainer:
         self.stages = Epoch(config, dataset, net, Parts(label_maker, memory, sampler, augment, loss))
         # epochs and steps done when the state was last written or read
         self.folder, self.saved = None, (0, 0)
-        self.signals = StopSignals()
+        self.signals, self.writer = StopSignals(), Beside()
 
     config = property(attrgetter('stages.config'))
     engine = property(attrgetter('stages.engine'))
@@ -406,7 +426,8 @@ class Trainer:
 
     @property
     def checkpoint_dir(self) -> Path:
-        "Where the checkpoints of the run are."
+        "Where the checkpoints of the run are; waits for one that is being written."
+        self.writer.wait()
         return self.folder.checkpoints_under(self.config.ckpt_dir)
 
     def extract(self, split='train') -> np.ndarray:  # (N, D) float32, unit norm
@@ -420,12 +441,19 @@ class Trainer:
     def train_epoch(self, labels: PseudoLabels) -> dict:  # mean loss, learning rate, speed
         """`iters` steps on fresh memory, or those left of an epoch that was stopped; Ctrl-C waits for the
         end of a step."""
-        steps = self.config.iters - len(self.stages.begin(labels).losses)
-        with progress_bar(None, 'train', self.engine, steps) as bar, self.signals.held():
+        u = self.stages.begin(labels)
+        if self.folder is not None:
+            self.tell('after_labels')
+        with progress_bar(None, 'train', self.engine, self.config.iters - u.steps) as bar, self.signals.held():
 
             def after_step():
+                if u.losses:
+                    bar.set_postfix(loss=f'{u.losses[-1]:.3f}', refresh=False)  # of the last one read
                 bar.update()
-                self.signals.check(self.engine)
+                self.writer.check()
+                # several processes ask each other, for which they wait: when losses were read
+                if self.engine.num_processes == 1 or len(u.unread) < 2:
+                    self.signals.check(self.engine)
 
             return self.stages.train(labels, after_step)
 
@@ -440,20 +468,27 @@ class Trainer:
     def fit(self) -> list:  # rows of metrics.jsonl
         "All epochs that are left: prints a table, writes the run's folder, returns the rows."
         check_size(self.config, self.dataset.train)
-        self.start()
         with self.guarded():
+            with self.signals.held():  # a folder is begun as a whole
+                self.start()
+            self.signals.check(self.engine)
             self.tell('before_fit')
             while self.epoch < self.config.num_epochs:
                 self.keep(self.step())
+            self.writer.wait()
             self.tell('after_fit')
         return self.folder.rows
 
     def keep(self, row: dict):  # of `step`
-        "Keeps an epoch: labels and numbers, a checkpoint; then callbacks hear of it."
-        self.record(row)
-        self.save()
+        """Keeps an epoch: labels and numbers, a checkpoint, written while the next one trains; then
+        callbacks hear of it. A signal waits for the end."""
+        with self.signals.held():
+            self.writer.wait()  # of the epoch before
+            self.record(row)
+            self.save_beside()
         self.tell('after_epoch', row)
         self.engine.wait_for_everyone()
+        self.signals.check(self.engine)
 
     def tell(self, hook: str, *values):  # one of `HOOKS`
         "Calls the method of this name of every callback that has it."
@@ -495,14 +530,28 @@ class Trainer:
     def save(self, partial: bool = False) -> Path:  # the checkpoint
         """Writes a checkpoint of the state after the last finished epoch, or in the middle of the one
         under way."""
+        path = self.save_beside(partial)
+        self.writer.wait()
+        return path
+
+    def save_beside(self, partial: bool = False) -> Path:  # the checkpoint, once it is written
+        "As `save`, by a thread that writes a copy of the state while training goes on."
         if self.folder is None:
             self.start()
-        content = checkpoint_content(self.state, self.config, partial)
+        self.writer.wait()
+        self.stages.read_losses()
+        content = snapshot(checkpoint_content(self.state, self.config, partial))
         path = self.folder.checkpoint_path(self.config.ckpt_dir, content['epoch'], content['step'])
         if self.is_main:
-            self.folder.save(path, content, keep_evaluated=self.config.eval_and_ckpt)
-        self.saved = progress(path)
+            self.writer.start(self.write, path, content)
+        else:
+            self.saved = progress(path)
         return path
+
+    def write(self, path: Path, content: dict):  # of a checkpoint
+        "Writes a checkpoint and drops older ones."
+        self.folder.save(path, content, keep_evaluated=self.config.eval_and_ckpt)
+        self.saved = progress(path)
 
     def restore(self, content: dict):  # of a checkpoint
         "Takes over the state in a checkpoint of this run; ValueError if it belongs to another."
@@ -523,17 +572,24 @@ class Trainer:
         "Inside, Ctrl-C and SIGTERM save the epoch under way, and callbacks hear of an error."
         with self.signals:
             try:
-                yield
-            except Stopped as stop:
-                raise Stopped(stop.signal, self.save_stopped(stop)) from None
+                try:
+                    yield
+                except (Stopped, Exception) as error:
+                    stop = stop_behind(error)
+                    if stop is None:
+                        raise
+                    raise Stopped(stop.signal, self.save_stopped(stop)) from None
             except Exception as error:
+                self.writer.join()  # the checkpoint before this epoch
                 self.tell('on_error', error)
                 raise
 
     def save_stopped(self, stop: Stopped) -> str:  # what is said
         "Saves the epoch under way, if it has steps that no checkpoint has."
+        self.writer.wait()
+        self.stages.read_losses()
         u = self.state.under_way
-        if u is not None and (u.epoch, len(u.losses)) > self.saved:
+        if u is not None and (u.epoch, u.steps) > self.saved:
             self.state.epoch = u.epoch  # not finished: it has no line yet
             self.save(partial=True)
         epochs, steps = self.saved

@@ -5,6 +5,7 @@ import copy
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,8 +20,11 @@ from ccc.config import Config
 from ccc.engine import extract_embeddings, fetch_images, make_engine, settle_images, unused_parameters
 from ccc.labels import make_labels
 from ccc.memory import RULES, ClusterMemory
-from ccc.training import Trainer, augment_batch, check_clusters, train_step
+from ccc.epoch import LOSSES_AT_ONCE
+from ccc.runs import Stopped, checkpoints, progress
+from ccc.training import Maps, Trainer, check_clusters
 from fake_device import DEVICE, fake_gpu
+from test_faults import same, stop_at
 from test_training import SETTINGS, tiny_data, tiny_net
 
 TIMM = 'timm:convnext_atto'
@@ -333,11 +337,12 @@ def test_a_whole_epoch(data, tmp_path, monkeypatch, how):
     )
 
 
-MOST_SYNCS, MOST_KERNELS = 12, 370  # 20 and 370 before constants, dice and indices were sent without waiting
+MOST_KERNELS = 296  # 370 while clusters and cameras were looked at on the device
 
 
-def test_synchronisations_of_a_training_step(data, tmp_path, monkeypatch):
-    "An upper bound, so that none comes back unseen."
+def test_a_step_of_the_trainer_waits_for_nothing(data, tmp_path, monkeypatch):
+    """From fetching the images to the update of the memory: 0 synchronisations. 20 at first, 12 when
+    constants, dice and indices were sent without waiting."""
     net = tiny_net()
     with fake_gpu(monkeypatch) as gpu:
         t = Trainer(Config(**SETTINGS | dict(device='cuda', log_dir=str(tmp_path), iters=9)), data, net)
@@ -345,38 +350,146 @@ def test_synchronisations_of_a_training_step(data, tmp_path, monkeypatch):
         batch = np.arange(16)
         t.stages.train_batch(0, batch)
         gpu.start()
-        t.stages.train_batch(1, batch)
-        assert gpu.syncs <= MOST_SYNCS and gpu.kernels <= MOST_KERNELS, gpu.by_place()
+        loss = t.stages.train_batch(1, batch)
+        assert gpu.syncs == 0 and gpu.kernels <= MOST_KERNELS, (gpu.kernels, gpu.by_place())
+        assert loss.is_cuda and np.isfinite(float(loss))
 
 
-def test_a_step_that_hands_over_labels_in_main_memory_waits_for_nothing(data, tmp_path, monkeypatch):
-    """The whole step, from fetching the images to the update of the memory: 0 synchronisations; only who
-    reads the loss waits."""
+# of an epoch's train stage beside the looks at losses: centroids to the device and a look whether they are
+# finite; whether the weights are finite, after the last step
+AROUND_AN_EPOCH = 3
+
+
+@pytest.mark.parametrize('iters', [20, 65])
+def test_synchronisations_of_an_epoch_of_training(data, tmp_path, monkeypatch, iters):
+    """One look at the losses for 20 steps. 12 a step before: 243 and 783 for these two, 2,400 for 200
+    steps; now 4 and 7, 13 for 200. The losses are those of a CPU."""
+    config = Config(**SETTINGS | dict(log_dir=str(tmp_path), iters=iters))
+    plain = Trainer(config, data, tiny_net())
+    labels = plain.make_labels(plain.extract())
+    plain.train_epoch(labels)
     net = tiny_net()
     with fake_gpu(monkeypatch) as gpu:
-        t = Trainer(Config(**SETTINGS | dict(device='cuda', log_dir=str(tmp_path))), data, net)
-        labels = t.make_labels(t.extract())
-        t.stages.begin(labels)
-        memory, batch = ClusterMemory(labels.centroids, check=False).to(DEVICE), np.arange(16)
-        y, cams = torch.as_tensor(labels.labels[batch]), torch.as_tensor(data.train.camids[batch])
-
-        def step():
-            dice = [torch.Generator().manual_seed(k) for k in range(2)]
-            return train_step(
-                t.stages.embed,
-                memory,
-                t.stages.optimizer,
-                augment_batch(t.images('train'), batch, dice, t.engine.device),
-                y,
-                cams,
-                t.engine,
-            )
-
-        step()
+        t = Trainer(replace(config, device='cuda'), data, net)
+        t.images()
         gpu.start()
-        loss = step()
-        assert gpu.syncs == 0 and gpu.kernels <= 296, (gpu.kernels, gpu.by_place())
-        assert np.isfinite(float(loss))
+        t.train_epoch(labels)
+        looks = -(-iters // LOSSES_AT_ONCE)
+        assert gpu.syncs <= looks + AROUND_AN_EPOCH, gpu.by_place()
+    losses = t.state.under_way.losses
+    assert len(losses) == iters and not t.state.under_way.unread
+    np.testing.assert_allclose(losses[:5], plain.state.under_way.losses[:5], atol=1e-3)
+
+
+def test_the_next_batch_is_there_before_losses_are_read(data, tmp_path, monkeypatch):
+    net, order = tiny_net(), []
+    with fake_gpu(monkeypatch):
+        t = Trainer(Config(**SETTINGS | dict(device='cuda', log_dir=str(tmp_path), iters=45)), data, net)
+        prepare, read = t.stages.prepare, t.stages.read_losses
+
+        def reading(least=1):
+            before = len(t.state.under_way.losses)
+            read(least)
+            if len(t.state.under_way.losses) > before:
+                order.append('read')
+
+        t.stages.prepare = lambda step, batch: order.append(step) or prepare(step, batch)
+        t.stages.read_losses = reading
+        t.train_epoch(t.make_labels(t.extract()))
+    assert [order[i - 1] for i, what in enumerate(order) if what == 'read'] == [20, 40, 44]
+    assert [what for what in order if what != 'read'] == list(range(45))
+
+
+@pytest.mark.parametrize('what', ['embedding', 'weight', 'augment'])
+def test_the_bad_batch_is_the_right_one(data, tmp_path, monkeypatch, what):
+    """A loss that is no number is found up to 20 steps later. The batch that is kept is that of its step,
+    image for image, with the step's number; nothing of the epoch is kept as a checkpoint."""
+    bad_step, net, seen = 5, tiny_net(), {}
+    with fake_gpu(monkeypatch):
+        t = make_on_device(data, tmp_path, net, iters=30)
+        prepare, calls = t.stages.prepare, []
+
+        def poisoned(step, batch):
+            images = prepare(step, batch)
+            if t.epoch == 1 and step == bad_step and not calls.count(step):
+                if what == 'embedding':
+                    net.neck.weight.data[3] = float('nan')
+                if what == 'weight':
+                    net.trunk[0].weight.register_hook(lambda g: g * float('inf'))
+            calls.append(step) if t.epoch == 1 else None
+            if what == 'augment' and (t.epoch, step) == (1, bad_step):
+                images[0, 0, 0, 0] = float('nan')
+            seen.setdefault((t.epoch, step), (batch.copy(), images.cpu().clone()))
+            return images
+
+        t.stages.prepare = poisoned
+        # gradients of infinity spoil the weights, which the loss of the next step shows
+        step = bad_step + (what == 'weight')
+        with pytest.raises(ValueError, match=rf'epoch 2, step {step + 1}: .*finite.*kept as bad_batch.pt'):
+            t.fit()
+        batch = torch.load(t.run / 'bad_batch.pt', weights_only=True)
+        saved = [progress(p) for p in checkpoints(t.checkpoint_dir)]
+    assert (batch['epoch'], batch['step']) == (1, step) and saved == [(1, 0)]
+    # it was found later
+    assert max(s for e, s in seen if e == 1) == 20
+    positions, images = seen[1, step]
+    np.testing.assert_array_equal(batch['positions'], positions)
+    torch.testing.assert_close(batch['images'], images, rtol=0, atol=0, equal_nan=True)
+
+
+def make_on_device(data, tmp_path, net, **settings):
+    return Trainer(Config(**SETTINGS | dict(log_dir=str(tmp_path), device='cuda') | settings), data, net)
+
+
+def test_a_stop_before_losses_are_read(data, tmp_path, monkeypatch):
+    "The checkpoint has every step and its loss; with a loss that is no number there is none."
+    nets = [tiny_net() for _ in range(4)]
+    with fake_gpu(monkeypatch):
+        whole = make_on_device(data, tmp_path, nets[0], iters=30, num_epochs=2)
+        whole.fit()
+        t = stop_at(make_on_device(data, tmp_path, nets[1], iters=30, num_epochs=2), 1, 24)
+        with pytest.raises(Stopped, match='saved after 1 epochs and 25 steps'):
+            t.fit()
+        again = Trainer.resume(t.run, data, nets[2])
+        assert len(again.state.under_way.losses) == 25 and not again.state.under_way.unread
+        again.fit()
+        same(t.run, whole.run)
+        bad = stop_at(make_on_device(data, tmp_path, nets[3], iters=30, num_epochs=2), 1, 6)
+        prepare = bad.stages.prepare
+
+        def poisoned(step, batch):
+            if (bad.epoch, step) == (1, 4):
+                nets[3].neck.weight.data[3] = float('nan')
+            return prepare(step, batch)
+
+        bad.stages.prepare = poisoned
+        with pytest.raises(ValueError, match='epoch 2, step 5: .*kept as bad_batch.pt'):
+            bad.fit()
+        assert [progress(p) for p in checkpoints(bad.checkpoint_dir)] == [(1, 0)]
+
+
+def test_maps_are_made_beside_training(data, tmp_path, monkeypatch):
+    """By a thread that begins when the labels are there. The folder holds the same maps as if each had
+    been made when its epoch was kept."""
+    pytest.importorskip('umap')
+    net, other, threads = tiny_net(), tiny_net(), []
+    real = Maps.make
+
+    def make(self, trainer):
+        threads.append(threading.current_thread() is threading.main_thread())
+        return real(self, trainer)
+
+    monkeypatch.setattr(Maps, 'make', make)
+    with fake_gpu(monkeypatch):
+        t = make_on_device(data, tmp_path, net, maps=True, num_epochs=2)
+        t.fit()
+        monkeypatch.setattr(Maps, 'after_labels', lambda self, trainer: None)
+        plain = make_on_device(data, tmp_path, other, maps=True, num_epochs=2)
+        plain.fit()
+    assert threads == [False, False, True, True]
+    same(t.run, plain.run)
+    names = [sorted(str(p.relative_to(u.run)) for p in u.run.rglob('*')) for u in (t, plain)]
+    assert names[0] == names[1] and 'map' in np.load(t.run / 'labels/epoch_001.npz')
 
 
 # the measurement that waits for a GPU

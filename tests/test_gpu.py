@@ -20,7 +20,9 @@ from ccc.config import Config
 from ccc.engine import extract_embeddings, fetch_images, make_engine, settle_images, unused_parameters
 from ccc.labels import make_labels
 from ccc.memory import RULES, ClusterMemory
+from ccc._evaluation_kernels import rank_rows
 from ccc.epoch import LOSSES_AT_ONCE
+from ccc.evaluation import evaluate_embeddings, rank_on_device, scores_of_counts
 from ccc.runs import Stopped, checkpoints, progress
 from ccc.training import Maps, Trainer, check_clusters
 from fake_device import DEVICE, fake_gpu
@@ -303,6 +305,65 @@ def test_what_lies_in_main_memory_is_searched_by_the_cpu(monkeypatch):
         neighbors.knn(x, 9, index)
 
 
+# ranking
+
+
+def gallery(levels, n_q=37, n_g=300, people=9, cameras=3, seed=0):
+    "Embeddings of few values, so that distances tie; persons, cameras, some in one camera alone."
+    rng = np.random.default_rng(seed)
+    draw = lambda n: (
+        rng.integers(-levels, levels + 1, (n, 6)).astype(np.float32),
+        rng.integers(0, people, n),
+        rng.integers(0, cameras, n),
+    )
+    (q, q_pids, q_cams), (g, g_pids, g_cams) = draw(n_q), draw(n_g)
+    q_pids[:2], g_cams[g_pids == 3] = 77, 0  # nobody in the gallery; one person by one camera
+    return q, g, (q_pids, g_pids, q_cams, g_cams)
+
+
+@pytest.mark.parametrize('levels', [1, 3, 1000])
+@pytest.mark.parametrize('block', [1, 16, 256])
+@pytest.mark.parametrize('people', [2, 9, 200])
+def test_ranking_on_the_device_is_that_of_the_kernels(gpu, levels, block, people):
+    "To the last bit, ties included: coordinates are whole numbers, so that distances are exact."
+    q, g, ids = gallery(levels, people=people)
+    here = evaluate_embeddings(q, g, *ids, block=block)
+    q, g = (torch.from_numpy(a).to(DEVICE) for a in (q, g))
+    gpu.start()
+    there = evaluate_embeddings(q, g, *ids, block=block)
+    # three counts come back for each block; all else is sent without waiting
+    blocks = -(-len(q) // block)
+    assert gpu.waits['copy to the host'] <= 3 * blocks + 2 and gpu.syncs <= 3 * blocks + 8, gpu.by_place()
+    for name in ('mAP', 'mINP', 'n_valid', 'n_query', 'cmc', 'ap', 'first_rank', 'inp'):
+        np.testing.assert_array_equal(getattr(there, name), getattr(here, name))
+
+
+def test_nothing_to_rank_on_the_device_is_said_as_on_a_cpu(gpu):
+    q, g, (q_pids, g_pids, q_cams, g_cams) = gallery(3)
+    q, g = (torch.from_numpy(a).to(DEVICE) for a in (q, g))
+    for n_g, pids in ((len(g), g_pids + 1000), (0, g_pids[:0])):
+        with pytest.raises(ValueError, match='no query has a match'):
+            evaluate_embeddings(q, g[:n_g], q_pids, pids, q_cams, g_cams[:n_g])
+
+
+def test_a_distance_of_infinity_or_nan():
+    """Infinite distances are the farthest and tie with each other, with no filling among them; a NaN in a
+    row marks the row."""
+    d = np.array([[1, np.inf, np.inf, 0], [np.inf] * 4, [0, np.nan, 1, 2]], np.float32)
+    pids, cams = np.array([0, 0, 1, 1]), np.array([0, 1, 0, 1])
+    q_pids, q_cams = np.array([0, 1, 0]), np.array([1, 2, 2])
+    order = np.argsort(pids, kind='stable')
+    lo, hi = (np.searchsorted(pids[order], q_pids, side) for side in ('left', 'right'))
+    own = np.concatenate([order[lo[:, None] + np.arange(2)], np.zeros((3, 2), np.int64)], 1)  # two of filling
+    valid = np.arange(4) < 2 * np.ones((3, 1))
+    is_match = valid & (cams[own] != q_cams[:, None])
+    counts = rank_on_device(*map(torch.tensor, (d, own, valid, is_match)))
+    for mine, theirs in zip(
+        scores_of_counts(*(c.numpy() for c in counts)), rank_rows(d, order, lo, hi, q_cams, cams)
+    ):
+        np.testing.assert_array_equal(mine, theirs)
+
+
 # an epoch
 
 
@@ -362,7 +423,7 @@ AROUND_AN_EPOCH = 3
 
 @pytest.mark.parametrize('iters', [20, 65])
 def test_synchronisations_of_an_epoch_of_training(data, tmp_path, monkeypatch, iters):
-    """One look at the losses for 20 steps. 12 a step before: 243 and 783 for these two, 2,400 for 200
+    """One look at the losses for 20 steps. 12 a step before: 243 and 783 for these two, 2,403 for 200
     steps; now 4 and 7, 13 for 200. The losses are those of a CPU."""
     config = Config(**SETTINGS | dict(log_dir=str(tmp_path), iters=iters))
     plain = Trainer(config, data, tiny_net())

@@ -412,8 +412,8 @@ _columns = [
     ('outliers', 9, _cell('n_outliers', 'd')),
     ('churn', 7, _cell('churn', '.3f')),
     ('silh.', 7, _cell('silhouette', '.3f')),
-    ('NMI ids', 9, _cell('nmi', '.3f')),
-    ('NMI cams', 10, _cell('camera_nmi', '.3f')),
+    ('AMI ids', 9, _cell('ami', '.3f')),
+    ('AMI cams', 10, _cell('camera_ami', '.3f')),
     ('loss', 7, _cell('loss', '.3f')),
     ('mAP', 7, _cell('mAP', '.1f', 100)),
     ('Rank-1', 7, _cell('rank1', '.1f', 100)),
@@ -422,8 +422,8 @@ _columns = [
 
 # %% ../nbs/08d_runs.ipynb #88694cb5
 def table_head() -> str:
-    """The line above the table of epochs: churn and silhouette of the labels, NMI with identities and with
-    cameras, mAP and Rank-1 in percent, images a second in training."""
+    """The line above the table of epochs: churn and silhouette of the labels, AMI with identities and with
+    cameras (agreement corrected for chance), mAP and Rank-1 in percent, images a second in training."""
     return f'{"epoch":>8}' + ''.join(f'{name:>{w}}' for name, w, _ in _columns) + '   seconds'
 
 

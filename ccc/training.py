@@ -444,7 +444,10 @@ class Trainer:
         u = self.stages.begin(labels)
         if self.folder is not None:
             self.tell('after_labels')
-        with progress_bar(None, 'train', self.engine, self.config.iters - u.steps) as bar, self.signals.held():
+        with (
+            progress_bar(None, 'train', self.engine, self.config.iters - u.steps) as bar,
+            self.signals.held(),
+        ):
 
             def after_step():
                 if u.losses:

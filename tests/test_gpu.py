@@ -17,13 +17,20 @@ from ccc import hdc, neighbors
 from ccc._neighbors_torch import row_blocks
 from ccc.backbone import InstanceBatchNorm, build_backbone
 from ccc.config import Config
-from ccc.engine import extract_embeddings, fetch_images, make_engine, settle_images, unused_parameters
+from ccc.engine import (
+    extract_embeddings,
+    fetch_images,
+    make_engine,
+    settle_images,
+    unused_parameters,
+    what_varies,
+)
 from ccc.labels import make_labels
 from ccc.memory import RULES, ClusterMemory
 from ccc._evaluation_kernels import rank_rows
 from ccc.epoch import LOSSES_AT_ONCE
 from ccc.evaluation import evaluate_embeddings, rank_on_device, scores_of_counts
-from ccc.runs import Stopped, checkpoints, progress
+from ccc.runs import Stopped, checkpoints, describe_run, progress
 from ccc.training import Maps, Trainer, check_clusters
 from fake_device import DEVICE, fake_gpu
 from test_faults import same, stop_at
@@ -145,6 +152,21 @@ def test_a_launcher_that_shares_out_the_network_is_refused(monkeypatch):
     monkeypatch.setenv('ACCELERATE_USE_FSDP', 'true')
     with pytest.raises(ValueError, match='ACCELERATE_USE_FSDP=true'):
         make_engine(Config(device='cpu'))
+
+
+def test_what_varies_between_devices(gpu, data):
+    "k-means on a GPU and approximate neighbours anywhere; a row of a study says so in its config.json."
+    how = {d: make_engine(Config(device=d)) for d in ('cpu', 'cuda')}
+    varies = lambda device, **s: ' '.join(what_varies(Config(device=device, **s), how[device]))
+    kmeans, index = 'k-means takes the same steps', 'approximate index'
+    assert kmeans in varies('cuda', clustering='kmeans')
+    assert kmeans not in varies('cpu', clustering='kmeans') + varies('cuda', clustering='hdc')
+    for device in how:
+        for name in ('ivf', 'hnsw'):
+            assert f'{index} {name} is built by FAISS' in varies(device, knn_index=name)
+        assert index not in varies(device)
+    saved = describe_run(Config(device='cuda', clustering='kmeans'), data, how['cuda'])
+    assert any(kmeans in sentence for sentence in saved['what_varies'])
 
 
 # images and layout

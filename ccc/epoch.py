@@ -378,7 +378,7 @@ def checkpoint_content(
         epoch=u.epoch, step=u.steps, losses=u.losses, x=torch.from_numpy(state.x), seconds=state.seconds
     )
 
-
+# %% ../nbs/08f_epoch.ipynb #restore1
 def restore_state(
     state: RunState,  # taken over in place
     content: dict,  # of `checkpoint_content`
@@ -527,6 +527,25 @@ class Epoch:
         self.images = Images(self.dataset, config, self.engine)
         self.state = RunState(self.net, self.optimizer)
 
+    def step(
+        self,
+        train=None,  # labels -> dict; None: `train`, as it is
+    ) -> dict:  # a row of metrics.jsonl
+        """One epoch: extract, make labels, train, and evaluate when it is due. An epoch that was stopped
+        is gone on with."""
+        state, epoch = self.state, self.state.epoch
+        if state.is_stopped:
+            labels = state.under_way.labels
+        else:
+            state.seconds = {}
+            state.x = self.extract()
+            labels = self.make_labels(state.x)
+        trained = (train or self.train)(labels)
+        row = dict(epoch=epoch) | self.describe_labels() | trained
+        if evaluation_due(self.config, epoch) and can_rank(self.dataset):
+            row |= scores(self.evaluate())
+        return plain_row(row) | dict(seconds={stage: round(s, 3) for stage, s in state.seconds.items()})
+
     @contextmanager
     def timed(self, stage: str):
         "Adds the seconds spent inside to those of the stage."
@@ -631,7 +650,7 @@ class Epoch:
             raise self.bad_batch(step, batch, str(error)) from error
 
     def read_losses(self, least: int = 1):
-        "Reads the losses of the last steps, if there are so many; `BadBatch` for the first that is no number."
+        "Reads the losses of the last steps, if there are so many; `BadBatch` for one that is no number."
         u = self.state.under_way
         if u is None or len(u.unread) < least:
             return
@@ -718,22 +737,3 @@ class Epoch:
             q, g = (torch.from_numpy(x).to(self.engine.device) for x in (q, g))
         with self.timed('evaluate'):
             return from_main(self.engine, lambda: rank_gallery(q, g, query, gallery, c.eval_dist, reranked))
-
-    def step(
-        self,
-        train=None,  # labels -> dict; None: `train`, as it is
-    ) -> dict:  # a row of metrics.jsonl
-        """One epoch: extract, make labels, train, and evaluate when it is due. An epoch that was stopped
-        is gone on with."""
-        state, epoch = self.state, self.state.epoch
-        if state.is_stopped:
-            labels = state.under_way.labels
-        else:
-            state.seconds = {}
-            state.x = self.extract()
-            labels = self.make_labels(state.x)
-        trained = (train or self.train)(labels)
-        row = dict(epoch=epoch) | self.describe_labels() | trained
-        if evaluation_due(self.config, epoch) and can_rank(self.dataset):
-            row |= scores(self.evaluate())
-        return plain_row(row) | dict(seconds={stage: round(s, 3) for stage, s in state.seconds.items()})

@@ -319,7 +319,9 @@ def rank_on_device(
     own,  # (B, M) positions in the gallery of each query's person, filled up
     valid,  # (B, M) bool: which of them are no filling
     is_match,  # (B, M) bool: valid, and by another camera
-) -> tuple:  # by nearness, (B, M): strangers not farther than a match, matches not farther; (B,) matches, -1: NaN
+) -> (
+    tuple
+):  # by nearness, (B, M): strangers not farther than a match, matches not farther; (B,) matches, -1: NaN
     "What `kernels.rank_rows` counts, by sorting and binary search where the distances are."
     import torch
 

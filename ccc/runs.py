@@ -545,7 +545,7 @@ class Beside:
         if self.error is not None:
             self.wait()
 
-
+# %% ../nbs/08d_runs.ipynb #besid004
 def snapshot(value):  # tensors in dictionaries and lists, plain values
     "The same in main memory, which later changes do not reach; a device is waited for once."
     copies, waits = {}, False

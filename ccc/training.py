@@ -74,92 +74,6 @@ from ccc.runs import (
 )
 from .viz import plot_evolution, sample_points, umap_map
 
-# what this module made before it was split, and is still asked for here
-from .config import learning_rate  # noqa: F401
-from .engine import Chunked, extract_embeddings, make_engine  # noqa: F401
-from ccc.epoch import (  # noqa: F401
-    REASONS,
-    RunState,
-    UnderWay,
-    augment_batch,
-    check_clusters,
-    check_listed,
-    decays,
-    gather_batch,
-    label_free,
-    make_network,
-    make_optimizer,
-    open_dataset,
-    rank_gallery,
-    ranking_ids,
-    train_step,
-    why_no_match,
-)
-from ccc.parts import (  # noqa: F401
-    HDC_INIT,
-    HDC_METRIC,
-    PURPOSES,
-    epoch_batches,
-    graph_for,
-    label_options,
-    make_memory,
-    seed_for,
-)
-from .runs import read_metrics, write_metrics  # noqa: F401
-
-_all_ = [
-    'Config',
-    'learning_rate',
-    'evaluation_due',
-    'Chunked',
-    'extract_embeddings',
-    'from_main',
-    'make_engine',
-    'REASONS',
-    'BadBatch',
-    'Epoch',
-    'RunState',
-    'UnderWay',
-    'augment_batch',
-    'can_rank',
-    'check_clusters',
-    'check_listed',
-    'check_size',
-    'decays',
-    'fallbacks',
-    'gather_batch',
-    'label_free',
-    'make_network',
-    'make_optimizer',
-    'open_dataset',
-    'rank_gallery',
-    'ranking_ids',
-    'train_step',
-    'try_network',
-    'why_no_match',
-    'HDC_INIT',
-    'HDC_METRIC',
-    'PURPOSES',
-    'Parts',
-    'epoch_batches',
-    'graph_for',
-    'label_options',
-    'make_memory',
-    'seed_for',
-    'RunFolder',
-    'Stopped',
-    'checkpoints',
-    'describe_run',
-    'new_run',
-    'read_checkpoint',
-    'read_metrics',
-    'summary',
-    'table_head',
-    'table_line',
-    'write_file',
-    'write_metrics',
-]
-
 # %% ../nbs/08_training.ipynb #47900b59
 def _digest(tensors):
     "A few characters that change with any bit of the tensors."
@@ -407,6 +321,31 @@ class Trainer:
         self.folder, self.saved = None, (0, 0)
         self.signals, self.writer = StopSignals(), Beside()
 
+    def fit(self) -> list:  # rows of metrics.jsonl
+        "All epochs that are left: prints a table, writes the run's folder, returns the rows."
+        check_size(self.config, self.dataset.train)
+        with self.guarded():
+            with self.signals.held():  # a folder is begun as a whole
+                self.start()
+            self.signals.check(self.engine)
+            self.tell('before_fit')
+            while self.epoch < self.config.num_epochs:
+                self.keep(self.step())
+            self.writer.wait()
+            self.tell('after_fit')
+        return self.folder.rows
+
+    def keep(self, row: dict):  # of `step`
+        """Keeps an epoch: labels and numbers, a checkpoint, written while the next one trains; then
+        callbacks hear of it. A signal waits for the end."""
+        with self.signals.held():
+            self.writer.wait()  # of the epoch before
+            self.record(row)
+            self.save_beside()
+        self.tell('after_epoch', row)
+        self.engine.wait_for_everyone()
+        self.signals.check(self.engine)
+
     config = property(attrgetter('stages.config'))
     engine = property(attrgetter('stages.engine'))
     dataset = property(attrgetter('stages.dataset'))
@@ -467,31 +406,6 @@ class Trainer:
     def step(self) -> dict:  # a row of metrics.jsonl
         "One epoch: those four in order. Nothing is written."
         return self.stages.step(self.train_epoch)
-
-    def fit(self) -> list:  # rows of metrics.jsonl
-        "All epochs that are left: prints a table, writes the run's folder, returns the rows."
-        check_size(self.config, self.dataset.train)
-        with self.guarded():
-            with self.signals.held():  # a folder is begun as a whole
-                self.start()
-            self.signals.check(self.engine)
-            self.tell('before_fit')
-            while self.epoch < self.config.num_epochs:
-                self.keep(self.step())
-            self.writer.wait()
-            self.tell('after_fit')
-        return self.folder.rows
-
-    def keep(self, row: dict):  # of `step`
-        """Keeps an epoch: labels and numbers, a checkpoint, written while the next one trains; then
-        callbacks hear of it. A signal waits for the end."""
-        with self.signals.held():
-            self.writer.wait()  # of the epoch before
-            self.record(row)
-            self.save_beside()
-        self.tell('after_epoch', row)
-        self.engine.wait_for_everyone()
-        self.signals.check(self.engine)
 
     def tell(self, hook: str, *values):  # one of `HOOKS`
         "Calls the method of this name of every callback that has it."
@@ -668,3 +582,90 @@ def fit(
     if resume is None:
         return Trainer(config, dataset, net, **options).fit()
     return Trainer.resume(resume, dataset, net, **options).fit()
+
+# %% ../nbs/08_training.ipynb #reexp001
+# what this module made before it was split, and is still asked for here
+from .config import learning_rate  # noqa: F401
+from .engine import Chunked, extract_embeddings, make_engine  # noqa: F401
+from ccc.epoch import (  # noqa: F401
+    REASONS,
+    RunState,
+    UnderWay,
+    augment_batch,
+    check_clusters,
+    check_listed,
+    decays,
+    gather_batch,
+    label_free,
+    make_network,
+    make_optimizer,
+    open_dataset,
+    rank_gallery,
+    ranking_ids,
+    train_step,
+    why_no_match,
+)
+from ccc.parts import (  # noqa: F401
+    HDC_INIT,
+    HDC_METRIC,
+    PURPOSES,
+    epoch_batches,
+    graph_for,
+    label_options,
+    make_memory,
+    seed_for,
+)
+from .runs import read_metrics, write_metrics  # noqa: F401
+
+_all_ = [
+    'Config',
+    'learning_rate',
+    'evaluation_due',
+    'Chunked',
+    'extract_embeddings',
+    'from_main',
+    'make_engine',
+    'REASONS',
+    'BadBatch',
+    'Epoch',
+    'RunState',
+    'UnderWay',
+    'augment_batch',
+    'can_rank',
+    'check_clusters',
+    'check_listed',
+    'check_size',
+    'decays',
+    'fallbacks',
+    'gather_batch',
+    'label_free',
+    'make_network',
+    'make_optimizer',
+    'open_dataset',
+    'rank_gallery',
+    'ranking_ids',
+    'train_step',
+    'try_network',
+    'why_no_match',
+    'HDC_INIT',
+    'HDC_METRIC',
+    'PURPOSES',
+    'Parts',
+    'epoch_batches',
+    'graph_for',
+    'label_options',
+    'make_memory',
+    'seed_for',
+    'RunFolder',
+    'Stopped',
+    'checkpoints',
+    'describe_run',
+    'new_run',
+    'read_checkpoint',
+    'read_metrics',
+    'summary',
+    'table_head',
+    'table_line',
+    'write_file',
+    'write_metrics',
+]

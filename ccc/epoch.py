@@ -41,7 +41,6 @@ from ccc.engine import (
 from .evaluation import evaluate_embeddings, evaluate_ranking, rerank, rerank_features
 from .folder import check_images, keep_readable
 from .labels import PseudoLabels, diagnose
-from .memory import ClusterMemory
 from .parts import Parts, check_augmented, check_batch, check_labels, check_loss, check_memory, seed_for
 from .viz import sample_points
 
@@ -639,7 +638,7 @@ class Epoch:
         images = self.prepare(step, batch)
         self.read_losses(LOSSES_AT_ONCE)  # now: while the device is waited for, the next batch is there
         # our memory takes them in main memory, where they need no look at the device
-        y, camids = self.ids_of(batch, 'cpu' if isinstance(u.memory, ClusterMemory) else device)
+        y, camids = self.ids_of(batch, 'cpu' if self.parts.memory is None else device)
         extra = None
         if self.loss is not None:
             extra = lambda z: self.loss(z, *self.ids_of(batch, device), batch)

@@ -39,19 +39,19 @@ class Ranking:
         )
 
 # %% ../nbs/07_evaluation.ipynb #028c7347
-def _summarise(ap, first, last, found, max_rank):
-    "A `Ranking` of what the kernel found for each query."
-    if (found < 0).any():
+def _summarise(ap, first, last, n_matches, max_rank):
+    "A `Ranking` of what was counted for each query."
+    if (n_matches < 0).any():
         raise ValueError(
-            f'distances must not be NaN; got NaN in the rows of {(found < 0).sum()} of {len(found)} queries'
+            f'distances must not be NaN; got NaN in the rows of {(n_matches < 0).sum()} of {len(n_matches)} queries'
         )
-    valid = found > 0
+    valid = n_matches > 0
     if not valid.any():
         raise ValueError(
-            f'no query has a match: of {len(found)} queries none finds its pid in the gallery under another'
+            f'no query has a match: of {len(n_matches)} queries none finds its pid in the gallery under another'
             ' camid'
         )
-    inp = np.divide(found, last, out=np.full(len(ap), np.nan), where=valid)
+    inp = np.divide(n_matches, last, out=np.full(len(ap), np.nan), where=valid)
     cmc = (
         np.bincount(np.minimum(first[valid], max_rank + 1), minlength=max_rank + 2)[1:-1].cumsum()
         / valid.sum()
@@ -332,20 +332,20 @@ def rank_on_device(
     def not_farther(among):
         return torch.searchsorted(among, matches, right=True)
 
-    found = is_match.sum(1)
-    upto = not_farther(matches).minimum(found[:, None])  # without the filling
+    n_matches = is_match.sum(1)
+    upto = not_farther(matches).minimum(n_matches[:, None])  # without the filling
     strangers = not_farther(distances.sort(1).values) - not_farther(mine).minimum(valid.sum(1, keepdim=True))
-    return strangers, upto, torch.where(distances.isnan().any(1), -1, found)
+    return strangers, upto, torch.where(distances.isnan().any(1), -1, n_matches)
 
 
-def scores_of_counts(strangers, upto, found) -> tuple:  # of `rank_on_device`, as NumPy arrays
+def scores_of_counts(strangers, upto, n_matches) -> tuple:  # of `rank_on_device`, as NumPy arrays
     "`(ap, rank of the first match, rank of the last, number of matches)` as `kernels.rank_rows` gives them."
-    n, rows = np.maximum(found, 0), np.arange(len(found))
+    n, rows = np.maximum(n_matches, 0), np.arange(len(n_matches))
     valid = np.arange(strangers.shape[1]) < n[:, None]
     precision = np.divide(upto, upto + strangers, out=np.zeros(upto.shape), where=valid)
     ap = np.divide(precision.cumsum(1)[:, -1], n, out=np.full(len(n), np.nan), where=n > 0)
     first = np.where(n > 0, 1 + strangers[:, 0], 0)
-    return ap, first, np.where(n > 0, n + strangers[rows, n - 1], 0), found
+    return ap, first, np.where(n > 0, n + strangers[rows, n - 1], 0), n_matches
 
 # %% ../nbs/07_evaluation.ipynb #rankdev3
 def _blocks_on_device(q, g, people, q_camids, g_camids, block):

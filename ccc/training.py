@@ -107,7 +107,7 @@ def warmup_folder(store: str, description: dict) -> Path:  # `warmup_store`, of 
 
 # %% ../nbs/08_training.ipynb #0fbc65a0
 def leave_warmup(trainer, description: dict):  # of `describe_warmup`
-    "Puts the warm-up that has just ended into the store: labels, numbers and checkpoints."
+    "Copies the warm-up that has just ended into the store: labels, numbers and checkpoints."
     folder, last = warmup_folder(trainer.config.warmup_store, description), trainer.epoch - 1
     if folder.exists():
         return

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+import ccc.engine
+import ccc.training
 from ccc import hdc, neighbors
 from ccc._neighbors_torch import row_blocks
 from ccc.backbone import InstanceBatchNorm, build_backbone
@@ -481,6 +483,45 @@ def test_the_next_batch_is_there_before_losses_are_read(data, tmp_path, monkeypa
         t.train_epoch(t.make_labels(t.extract()))
     assert [order[i - 1] for i, what in enumerate(order) if what == 'read'] == [20, 40, 44]
     assert [what for what in order if what != 'read'] == list(range(45))
+
+
+def test_the_bar_shows_the_loss_read_last(data, tmp_path, monkeypatch):
+    net, shown = tiny_net(), []
+
+    class Bar:
+        __enter__ = lambda self: self
+        __exit__ = update = lambda self, *_: None
+        set_postfix = lambda self, loss, refresh: shown.append(loss)
+
+    monkeypatch.setattr(ccc.training, 'progress_bar', lambda *_: Bar())
+    with fake_gpu(monkeypatch):
+        t = make_on_device(data, tmp_path, net, iters=45)
+        labels = t.make_labels(t.extract())
+        monkeypatch.setattr(ccc.engine, 'progress_bar', lambda items, *_: items)
+        t.train_epoch(labels)
+        losses = [f'{loss:.3f}' for loss in t.state.under_way.losses]
+    # nothing in the first twenty steps, then the last of twenty, of forty, and the very last
+    assert shown == [losses[19]] * 20 + [losses[39]] * 4 + [losses[44]]
+
+
+def test_parts_get_clusters_and_cameras_on_the_device(data, tmp_path, monkeypatch):
+    "A memory or a loss of the user's may compare them with embeddings; only our own takes them from memory."
+    net, places = tiny_net(), []
+
+    class Own(ClusterMemory):
+        def forward(self, z, y, camids):
+            places.append((y.is_cuda, camids.is_cuda))
+            return super().forward(z, y, camids)
+
+    def loss(z, y, camids, positions):
+        places.append((y.is_cuda, camids.is_cuda))
+        return 0 * (z * (y == y[0])[:, None]).sum()
+
+    with fake_gpu(monkeypatch):
+        config = Config(**SETTINGS | dict(log_dir=str(tmp_path), device='cuda', iters=1))
+        make = lambda labels: Own(torch.as_tensor(labels.centroids))
+        Trainer(config, data, net, memory=make, loss=loss).step()
+    assert places == [(True, True)] * 2
 
 
 @pytest.mark.parametrize('what', ['embedding', 'weight', 'augment'])

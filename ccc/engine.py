@@ -389,7 +389,7 @@ def what_varies(config: Config, engine) -> list:  # sentences
     "What can make a repetition of this run differ."
     how, gpu = arithmetic(config, engine.device), engine.device.type == 'cuda'
     n = torch.get_num_threads()
-    said = [
+    causes = [
         (True, f'sums are made by {n} thread{"s" * (n > 1)} on the CPU: another number may change last bits'),
         (
             gpu and not config.deterministic,
@@ -430,4 +430,4 @@ def what_varies(config: Config, engine) -> list:  # sentences
             ),
         ),
     ]
-    return [sentence for applies, sentence in said if applies]
+    return [sentence for applies, sentence in causes if applies]

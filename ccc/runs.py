@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['new_run', 'free_folder', 'read_metrics', 'write_metrics', 'describe_run', 'read_arrays', 'RunFolder', 'table_head',
            'table_line', 'summary', 'read_checkpoint', 'progress', 'checkpoints', 'write_checkpoint', 'drop_checkpoint',
-           'newest_checkpoint', 'Stopped', 'StopSignals']
+           'Beside', 'snapshot', 'newest_checkpoint', 'Stopped', 'stop_behind', 'StopSignals']
 
 # %% ../nbs/08d_runs.ipynb #2f3b078c
+import copy
 import json
 import math
 import platform
@@ -411,8 +412,8 @@ _columns = [
     ('outliers', 9, _cell('n_outliers', 'd')),
     ('churn', 7, _cell('churn', '.3f')),
     ('silh.', 7, _cell('silhouette', '.3f')),
-    ('NMI ids', 9, _cell('nmi', '.3f')),
-    ('NMI cams', 10, _cell('camera_nmi', '.3f')),
+    ('AMI ids', 9, _cell('ami', '.3f')),
+    ('AMI cams', 10, _cell('camera_ami', '.3f')),
     ('loss', 7, _cell('loss', '.3f')),
     ('mAP', 7, _cell('mAP', '.1f', 100)),
     ('Rank-1', 7, _cell('rank1', '.1f', 100)),
@@ -421,8 +422,8 @@ _columns = [
 
 # %% ../nbs/08d_runs.ipynb #88694cb5
 def table_head() -> str:
-    """The line above the table of epochs: churn and silhouette of the labels, NMI with identities and with
-    cameras, mAP and Rank-1 in percent, images a second in training."""
+    """The line above the table of epochs: churn and silhouette of the labels, AMI with identities and with
+    cameras (agreement corrected for chance), mAP and Rank-1 in percent, images a second in training."""
     return f'{"epoch":>8}' + ''.join(f'{name:>{w}}' for name, w, _ in _columns) + '   seconds'
 
 
@@ -492,10 +493,10 @@ def write_checkpoint(
     from safetensors.torch import save
 
     weights = {name: t.detach().cpu().contiguous() for name, t in state['network'].items()}
-    told = {
+    metadata = {
         k: str(state['settings'][k]) for k in ('arch', 'pooling_type', 'height', 'width', 'dataset')
     } | dict(epoch=str(state['epoch']))
-    write_file(path.with_suffix('.safetensors'), lambda f: f.write(save(weights, told)))
+    write_file(path.with_suffix('.safetensors'), lambda f: f.write(save(weights, metadata)))
     write_file(path, lambda f: torch.save(state, f))  # last: where a checkpoint is, its weights are
 
 
@@ -503,6 +504,71 @@ def drop_checkpoint(path: Path):
     "Removes a checkpoint and its weights."
     for p in (path, path.with_suffix('.safetensors')):
         p.unlink(missing_ok=True)
+
+# %% ../nbs/08d_runs.ipynb #besid002
+class Beside:
+    "A thread for one piece of work at a time; its error is raised where the work is checked or waited for."
+
+    def __init__(self):
+        self.thread, self.value, self.error = None, None, None
+
+    def start(self, work, *args):  # a function and its arguments
+        "Begins a piece of work, after the one before is done."
+        self.wait()
+
+        def run():
+            try:
+                self.value = work(*args)
+            except BaseException as error:
+                self.error = error
+
+        # a daemon: it does not keep a program alive that was interrupted twice
+        self.thread = threading.Thread(target=run, daemon=True)
+        self.thread.start()
+
+    def join(self):
+        "Waits for the work; an error is kept for `wait`."
+        if self.thread is not None:
+            self.thread.join()
+
+    def wait(self):  # the value of the last piece of work
+        "Waits for the work; raises its error."
+        self.join()
+        self.thread, value, error = None, self.value, self.error
+        self.value, self.error = None, None
+        if error is not None:
+            raise error
+        return value
+
+    def check(self):
+        "Raises the error of work that has failed already; waits for nothing."
+        if self.error is not None:
+            self.wait()
+
+# %% ../nbs/08d_runs.ipynb #besid004
+def snapshot(value):  # tensors in dictionaries and lists, plain values
+    "The same in main memory, which later changes do not reach; a device is waited for once."
+    copies, waits = {}, False
+
+    def copied(v):
+        nonlocal waits
+        if isinstance(v, torch.Tensor):
+            if id(v) not in copies:
+                waits = waits or v.is_cuda
+                tensor = v.detach()
+                copies[id(v)] = tensor.to('cpu', non_blocking=True) if v.is_cuda else tensor.cpu().clone()
+            return copies[id(v)]
+        if isinstance(v, dict):
+            new = copy.copy(v)  # with the versions that a state_dict carries
+            for key in v:
+                new[key] = copied(v[key])
+            return new
+        return type(v)(map(copied, v)) if isinstance(v, (list, tuple)) else v
+
+    made = copied(value)
+    if waits:
+        torch.cuda.synchronize()
+    return made
 
 # %% ../nbs/08d_runs.ipynb #d87c3a3c
 def newest_checkpoint(folder: Path) -> dict | None:  # as of `read_checkpoint`; None if there are none
@@ -524,9 +590,17 @@ def newest_checkpoint(folder: Path) -> dict | None:  # as of `read_checkpoint`; 
 class Stopped(KeyboardInterrupt):
     "The run was asked to stop, by Ctrl-C or SIGTERM; `.signal` says which."
 
-    def __init__(self, number: int, said: str = ''):
-        super().__init__(said or signal.Signals(number).name)
+    def __init__(self, number: int, text: str = ''):
+        super().__init__(text or signal.Signals(number).name)
         self.signal = number
+
+
+def stop_behind(error: BaseException | None) -> Stopped | None:
+    """The `Stopped` that an error was made of, if there is one: code in C++ that a signal interrupts may
+    raise an error of its own."""
+    while error is not None and not isinstance(error, Stopped):
+        error = error.__cause__ or error.__context__
+    return error
 
 # %% ../nbs/08d_runs.ipynb #26cbde91
 class StopSignals:
@@ -534,18 +608,23 @@ class StopSignals:
     is called."""
 
     def __init__(self):
-        self.asked, self.interrupts, self.holding, self.before = 0, 0, False, {}
+        self.asked, self.interrupts, self.raised, self.holding, self.before = 0, 0, False, False, {}
 
     def __enter__(self):
-        self.asked, self.interrupts = 0, 0
-        if threading.current_thread() is threading.main_thread():  # Python delivers signals to no other
-            self.before = {n: signal.signal(n, self.arrive) for n in (signal.SIGINT, signal.SIGTERM)}
+        self.asked, self.interrupts, self.raised = 0, 0, False
+        with self.held():
+            if threading.current_thread() is threading.main_thread():  # Python delivers signals to no other
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    self.before[number] = signal.signal(number, self.arrive)
         return self
 
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-        self.before = {}
+    def __exit__(self, kind, *_):
+        with self.held():
+            for number, handler in self.before.items():
+                signal.signal(number, handler)
+            self.before = {}
+        if kind is None and self.asked and not self.raised:  # too late to stop the run; the program stops
+            raise Stopped(self.asked)
 
     def arrive(self, number, frame):
         """The handler: the first signal stops the run, later ones change nothing, but a second Ctrl-C
@@ -557,19 +636,21 @@ class StopSignals:
             return
         self.asked = number
         if not self.holding:
+            self.raised = True
             raise Stopped(number)
 
     @contextmanager
     def held(self):
         "Inside, signals wait for `check`."
-        self.holding = True
+        before, self.holding = self.holding, True
         try:
             yield
         finally:
-            self.holding = False
+            self.holding = before
 
     def check(self, engine):  # Accelerator
         "Raises `Stopped` if this process or another was asked to stop."
         asked = any_process(engine, self.asked)
         if asked:
+            self.raised = True
             raise Stopped(asked)

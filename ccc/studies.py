@@ -448,9 +448,9 @@ def try_pace(config: Config) -> float:  # seconds an epoch, without the label st
     centroids = np.random.default_rng(0).normal(size=(y.max() + 1, x.shape[1])).astype(np.float32)
     t.stages.begin(PseudoLabels(y, np.ones(n, np.float32), centroids))
     batches = list(enumerate(epoch_batches(y, t.dataset.train.camids, replace(config, iters=2), 0)))
-    t.stages.train_batch(*batches[0])
+    float(t.stages.train_batch(*batches[0]))
     start = time.perf_counter()
-    t.stages.train_batch(*batches[1])
+    float(t.stages.train_batch(*batches[1]))  # waits for the device
     step = time.perf_counter() - start
     evaluated = (len(t.dataset.query) + len(t.dataset.gallery)) / config.eval_step_epoch
     return n * embed + config.iters * step + evaluated * embed

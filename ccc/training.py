@@ -55,6 +55,7 @@ from ccc.parts import (
     check_same_parts,
 )
 from ccc.runs import (
+    Beside,
     RunFolder,
     Stopped,
     StopSignals,
@@ -64,6 +65,8 @@ from ccc.runs import (
     newest_checkpoint,
     progress,
     read_checkpoint,
+    snapshot,
+    stop_behind,
     summary,
     table_head,
     table_line,
@@ -71,6 +74,516 @@ from ccc.runs import (
 )
 from .viz import plot_evolution, sample_points, umap_map
 
+# %% ../nbs/08_training.ipynb #47900b59
+def _digest(tensors):
+    "A few characters that change with any bit of the tensors."
+    h = hashlib.blake2b(digest_size=10)
+    for t in tensors:
+        h.update(t.detach().cpu().contiguous().numpy().data)
+    return h.hexdigest()
+
+
+def describe_warmup(trainer) -> dict:  # plain values, as JSON has them
+    "All that shapes a warm-up, before it has begun."
+    run = describe_run(trainer.config, trainer.dataset, trainer.engine)
+    description = {
+        k: run[k] for k in ('versions', 'device', 'device_name', 'processes', 'arithmetic', 'data')
+    }
+    description |= dict(
+        settings=warmup_settings(trainer.config),
+        weights=_digest(trainer.net.state_dict().values()),
+        pixels=_digest([trainer.images()]),
+    )
+    parts = trainer.stages.parts.describe()
+    return json.loads(json.dumps(description | (dict(parts=parts) if parts else {})))
+
+
+def warmup_folder(store: str, description: dict) -> Path:  # `warmup_store`, of `describe_warmup`
+    "Where the warm-up so described is kept."
+    return (
+        Path(store).expanduser()
+        / hashlib.sha1(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
+    )
+
+# %% ../nbs/08_training.ipynb #0fbc65a0
+def leave_warmup(trainer, description: dict):  # of `describe_warmup`
+    "Copies the warm-up that has just ended into the store: labels, numbers and checkpoints."
+    folder, last = warmup_folder(trainer.config.warmup_store, description), trainer.epoch - 1
+    if folder.exists():
+        return
+    part = folder.with_name(f'{folder.name}.{os.getpid()}.tmp')
+    shutil.copytree(trainer.run / 'labels', part / 'labels')
+    shutil.copy(trainer.run / 'metrics.jsonl', part)
+    for path in (trainer.checkpoint_dir / f'epoch_{last:03d}.pt', trainer.checkpoint_dir / 'best.pt'):
+        if path.exists():
+            shutil.copy(path, part)
+    entry = json.dumps(dict(told=description, made_by=trainer.run.name), indent=1)
+    write_file(part / 'warmup.json', lambda f: f.write(entry.encode()))
+    try:
+        part.rename(folder)
+    except OSError:  # another run of the same description was quicker
+        if not folder.is_dir():
+            raise
+        shutil.rmtree(part)
+
+
+def take_warmup(
+    trainer, description: dict
+) -> str:  # of `describe_warmup` -> what was taken; '' if there is none
+    "Brings a warm-up of the very same description from the store into the run's folder."
+    folder = warmup_folder(trainer.config.warmup_store, description)
+    if not folder.exists():
+        return ''
+    entry = json.loads((folder / 'warmup.json').read_text())
+    if entry['told'] != description:
+        raise ValueError(
+            f'a warm-up must be described by the folder it lies in, got another description in {folder}'
+        )
+    shutil.copytree(folder / 'labels', trainer.run / 'labels', dirs_exist_ok=True)
+    shutil.copy(folder / 'metrics.jsonl', trainer.run)
+    for path in folder.glob('*.pt'):  # settings that differ do not act before the warm-up's end
+        content = read_checkpoint(path) | dict(settings=asdict(trainer.config))
+        write_checkpoint(trainer.checkpoint_dir / path.name, content)
+    return (
+        f'warm-up of {trainer.config.warmup_iters} epochs taken from {folder.name} in {folder.parent}, made'
+        f' by {entry["made_by"]} from the same settings, weights, pixels, versions and hardware'
+    )
+
+# %% ../nbs/08_training.ipynb #da78f1c9
+class WarmupStore:
+    "A callback: takes a finished warm-up from the store of the settings, or leaves one there."
+
+    def before_fit(self, trainer):
+        "Takes the warm-up if the run is at its beginning and the store has it."
+        if trainer.saved != (0, 0):
+            return
+        description = describe_warmup(trainer)
+        taken = from_main(trainer.engine, lambda: take_warmup(trainer, description))
+        if taken:
+            trainer.restore(newest_checkpoint(trainer.checkpoint_dir))
+        elif trainer.is_main:
+            text = json.dumps(description, indent=1)
+            write_file(trainer.run / 'warmup.json', lambda f: f.write(text.encode()))
+        trainer.say(taken or 'no warm-up of this description in the store: this run will leave one there')
+
+    def after_epoch(self, trainer, row):
+        "Leaves the warm-up after its last epoch, if it was not taken from the store."
+        file = trainer.run / 'warmup.json'
+        if trainer.is_main and trainer.epoch == trainer.config.warmup_iters and file.exists():
+            leave_warmup(trainer, json.loads(file.read_text()))
+
+# %% ../nbs/08_training.ipynb #f34d8f20
+class Maps:
+    "A callback: a UMAP of at most 1000 training images each epoch, and the picture of a finished run."
+
+    def __init__(self):
+        self.beside, self.epoch = Beside(), None  # the epoch whose map is being made there
+
+    def after_labels(self, trainer):
+        "Where an accelerator trains, the map is made beside it; on a CPU both would want the same cores."
+        if trainer.is_main and trainer.engine.device.type != 'cpu':
+            self.beside.start(self.make, trainer)
+            self.epoch = trainer.epoch
+
+    def make(self, trainer) -> np.ndarray:  # (M, 2)
+        "The map of the epoch, which starts from the one before."
+        state, seed = trainer.state, trainer.config.seed
+        return umap_map(state.x[self.shown(trainer)], init=state.map, random_state=seed)
+
+    def shown(self, trainer) -> np.ndarray:  # (M,) positions
+        "Which training images the map shows: the same ones each epoch."
+        return sample_points(len(trainer.state.x), 1000, trainer.config.seed)
+
+    def arrays_to_keep(self, trainer, row: dict) -> dict:  # map (M, 2), map_index (M,), camids (M,)
+        "The map, made now or waited for; `seconds` has the time that training stood still for it."
+        state, train, shown = trainer.state, trainer.dataset.train, self.shown(trainer)
+        with trainer.stages.timed('map'):
+            state.map = self.beside.wait() if self.epoch == row['epoch'] else self.make(trainer)
+        self.epoch, row['seconds']['map'] = None, round(state.seconds['map'], 3)
+        arrays = dict(map=state.map, map_index=shown)
+        return arrays | (dict(camids=train.camids[shown]) if train.has_camids else {})
+
+    def after_fit(self, trainer):
+        "Draws how labels and numbers evolved."
+        if trainer.is_main:
+            plot_evolution(trainer.run).savefig(trainer.run / 'figures' / 'evolution.png')
+
+# %% ../nbs/08_training.ipynb #0d7014ee
+class Tracker:
+    "A callback: sends the numbers of each epoch to TensorBoard."
+
+    def __init__(self):
+        self.board = None
+
+    def after_epoch(self, trainer, row: dict):
+        "Logs every number of the row, those of groups under group/name."
+        if not trainer.is_main:
+            return
+        if self.board is None:
+            from accelerate.tracking import TensorBoardTracker
+
+            self.board = TensorBoardTracker('tensorboard', trainer.run)
+            self.board.start()
+        groups = {name: value if isinstance(value, dict) else {'': value} for name, value in row.items()}
+        flat = {
+            f'{name}/{key}'.rstrip('/'): v for name, values in groups.items() for key, v in values.items()
+        }
+        self.board.log({k: v for k, v in flat.items() if isinstance(v, (int, float))}, step=row['epoch'] + 1)
+
+# %% ../nbs/08_training.ipynb #e7924ee0
+class Console:
+    "A callback: prints what a run does without, a line an epoch, and the end in a few lines."
+
+    def before_fit(self, trainer):
+        "What there is to say before the first epoch, and how the untrained network ranks."
+        for line in fallbacks(trainer.dataset):
+            trainer.say(line)
+        for line in departures(trainer.config):
+            trainer.say(f'leaves the recipe: {line}')
+        for name, part in trainer.stages.parts.describe().items():
+            trainer.say(f'{name} is {part}')
+        untouched = trainer.saved == (0, 0) and trainer.state.under_way is None
+        if untouched and evaluation_due(trainer.config, 0) and can_rank(trainer.dataset):
+            trainer.say(f'untrained: {trainer.evaluate()}')
+        trainer.say(table_head())
+
+    def after_epoch(self, trainer, row: dict):
+        "The line of the epoch."
+        trainer.say(table_line(row, trainer.config.num_epochs))
+
+    def after_fit(self, trainer):
+        "The summary."
+        trainer.say(summary(trainer.folder.rows, trainer.run))
+
+# %% ../nbs/08_training.ipynb #b7984a9e
+class BadBatches:
+    "A callback: keeps the batch of a step that cannot be right."
+
+    def on_error(self, trainer, error: Exception):
+        "Writes `bad_batch.pt` into the run's folder, and says so in the error."
+        if not isinstance(error, BadBatch):
+            return
+        if trainer.is_main:
+            write_file(trainer.run / 'bad_batch.pt', lambda f: torch.save(error.content, f))
+        error.args = (
+            (
+                f'{error}. The batch is kept as bad_batch.pt in {trainer.run}; the last checkpoint is from'
+                ' before this epoch'
+            ),
+        )
+
+# %% ../nbs/08_training.ipynb #77d07f43
+HOOKS = ('before_fit', 'after_labels', 'arrays_to_keep', 'after_epoch', 'after_fit', 'on_error')
+
+
+def own_callbacks(config: Config) -> list:
+    "The callbacks that the settings ask for, in the order in which they are called."
+    wanted = [
+        (config.warmup_store != 'none', WarmupStore),
+        (config.maps, Maps),
+        (config.track != 'none', Tracker),
+        (True, Console),
+        (True, BadBatches),
+    ]
+    return [kind() for is_wanted, kind in wanted if is_wanted]
+
+
+def check_callbacks(callbacks) -> list:
+    "The callbacks as a list; ValueError for an object that has none of the methods."
+    callbacks = list(callbacks)
+    deaf = [c for c in callbacks if not any(callable(getattr(c, hook, None)) for hook in HOOKS)]
+    if deaf:
+        raise ValueError(f'a callback must have one of {", ".join(HOOKS)}, got {type(deaf[0]).__name__}')
+    return callbacks
+
+# %% ../nbs/08_training.ipynb #3d8e43b1
+class Trainer:
+    "A run of 3C: the four stages of an epoch, the state of the run, the folder that keeps it, and callbacks."
+
+    def __init__(
+        self,
+        config: Config,  # all settings
+        dataset=None,  # `ReIDDataset`; None: the one the settings name
+        net: (
+            nn.Module | None
+        ) = None,  # images (B, 3, H, W) -> unit-norm (B, D); None: the one the settings name
+        *,
+        label_maker=None,
+        memory=None,
+        sampler=None,
+        augment=None,
+        loss=None,  # as of `Parts`; None: the method's own
+        callbacks=(),  # objects with some of the methods `HOOKS`, called in every process
+    ):
+        self.callbacks = own_callbacks(config) + check_callbacks(callbacks)
+        self.stages = Epoch(config, dataset, net, Parts(label_maker, memory, sampler, augment, loss))
+        # epochs and steps done when the state was last written or read
+        self.folder, self.saved = None, (0, 0)
+        self.signals, self.writer = StopSignals(), Beside()
+
+    def fit(self) -> list:  # rows of metrics.jsonl
+        "All epochs that are left: prints a table, writes the run's folder, returns the rows."
+        check_size(self.config, self.dataset.train)
+        with self.guarded():
+            with self.signals.held():  # a folder is begun as a whole
+                self.start()
+            self.signals.check(self.engine)
+            self.tell('before_fit')
+            while self.epoch < self.config.num_epochs:
+                self.keep(self.step())
+            self.writer.wait()
+            self.tell('after_fit')
+        return self.folder.rows
+
+    def keep(self, row: dict):  # of `step`
+        """Keeps an epoch: labels and numbers, a checkpoint, written while the next one trains; then
+        callbacks hear of it. A signal waits for the end."""
+        with self.signals.held():
+            self.writer.wait()  # of the epoch before
+            self.record(row)
+            self.save_beside()
+        self.tell('after_epoch', row)
+        self.engine.wait_for_everyone()
+        self.signals.check(self.engine)
+
+    config = property(attrgetter('stages.config'))
+    engine = property(attrgetter('stages.engine'))
+    dataset = property(attrgetter('stages.dataset'))
+    net = property(attrgetter('stages.net'))
+    images = property(attrgetter('stages.images'))
+    state = property(attrgetter('stages.state'))
+    epoch = property(attrgetter('state.epoch'))
+    labels = property(attrgetter('state.labels'))
+    memory = property(attrgetter('state.memory'))
+    x = property(attrgetter('state.x'))
+    is_main = property(attrgetter('engine.is_main_process'))
+
+    @property
+    def run(self) -> Path | None:
+        "The path of the run's folder; None before it began."
+        return None if self.folder is None else self.folder.path
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        "Where the checkpoints of the run are; waits for one that is being written."
+        self.writer.wait()
+        return self.folder.checkpoints_under(self.config.ckpt_dir)
+
+    def extract(self, split='train') -> np.ndarray:  # (N, D) float32, unit norm
+        "Embeddings of a split."
+        return self.stages.extract(split)
+
+    def make_labels(self, x) -> PseudoLabels:  # embeddings (N, D) of the training images
+        "Pseudo-labels by this epoch's label maker."
+        return self.stages.make_labels(x)
+
+    def train_epoch(self, labels: PseudoLabels) -> dict:  # mean loss, learning rate, speed
+        """`iters` steps on fresh memory, or those left of an epoch that was stopped; Ctrl-C waits for the
+        end of a step."""
+        u = self.stages.begin(labels)
+        if self.folder is not None:
+            self.tell('after_labels')
+        with (
+            progress_bar(None, 'train', self.engine, self.config.iters - u.steps) as bar,
+            self.signals.held(),
+        ):
+
+            def after_step():
+                if u.losses:
+                    bar.set_postfix(loss=f'{u.losses[-1]:.3f}', refresh=False)  # of the last one read
+                bar.update()
+                self.writer.check()
+                # several processes ask each other, for which they wait: when losses were read
+                if self.engine.num_processes == 1 or len(u.unread) < 2:
+                    self.signals.check(self.engine)
+
+            return self.stages.train(labels, after_step)
+
+    def evaluate(self, rerank: bool | None = None):  # None: as the settings say -> `Ranking`
+        "mAP and CMC of the queries against the gallery; ValueError if no query has a match."
+        return self.stages.evaluate(rerank)
+
+    def step(self) -> dict:  # a row of metrics.jsonl
+        "One epoch: those four in order. Nothing is written."
+        return self.stages.step(self.train_epoch)
+
+    def tell(self, hook: str, *values):  # one of `HOOKS`
+        "Calls the method of this name of every callback that has it."
+        for callback in self.callbacks:
+            method = getattr(callback, hook, None)
+            if method is not None:
+                method(self, *values)
+
+    def say(self, text: str):
+        "Prints, on the first process alone."
+        if self.is_main:
+            print(text, flush=True)
+
+    def start(self):
+        "Makes the run's folder, or sets aside in an old one what the state in memory does not know of."
+        is_new = self.folder is None
+        if is_new:
+            check_places(self.config)
+            try_network(self.net, self.config, self.engine.device)
+            self.folder = RunFolder(from_main(self.engine, lambda: new_run(self.config)))
+        if self.is_main and is_new:
+            self.folder.begin(
+                describe_run(self.config, self.dataset, self.engine, self.stages.parts.describe())
+            )
+        elif self.is_main:
+            self.folder.go_on(self.config, self.epoch, self.saved)
+        self.engine.wait_for_everyone()
+
+    def record(self, row: dict):
+        "Keeps an epoch in the folder: labels, what callbacks have to keep beside them, a line of numbers."
+        if not self.is_main:
+            return
+        arrays = dict(labels=self.labels.labels, confidence=self.labels.confidence)
+        for callback in self.callbacks:
+            if hasattr(callback, 'arrays_to_keep'):
+                arrays |= callback.arrays_to_keep(self, row)
+        self.folder.record(row, arrays)
+
+    def save(self, partial: bool = False) -> Path:  # the checkpoint
+        """Writes a checkpoint of the state after the last finished epoch, or in the middle of the one
+        under way."""
+        path = self.save_beside(partial)
+        self.writer.wait()
+        return path
+
+    def save_beside(self, partial: bool = False) -> Path:  # the checkpoint, once it is written
+        "As `save`, by a thread that writes a copy of the state while training goes on."
+        if self.folder is None:
+            self.start()
+        self.writer.wait()
+        self.stages.read_losses()
+        content = snapshot(checkpoint_content(self.state, self.config, partial))
+        path = self.folder.checkpoint_path(self.config.ckpt_dir, content['epoch'], content['step'])
+        if self.is_main:
+            self.writer.start(self.write, path, content)
+        else:
+            self.saved = progress(path)
+        return path
+
+    def write(self, path: Path, content: dict):  # of a checkpoint
+        "Writes a checkpoint and drops older ones."
+        self.folder.save(path, content, keep_evaluated=self.config.eval_and_ckpt)
+        self.saved = progress(path)
+
+    def restore(self, content: dict):  # of a checkpoint
+        "Takes over the state in a checkpoint of this run; ValueError if it belongs to another."
+        previous = None
+        if self.folder is not None:
+            previous, self.state.map = self.folder.labels_and_map(
+                content['epoch'] - 1, len(self.dataset.train)
+            )
+        restore_state(self.state, content, self.config, self.stages.make_memory, previous)
+        self.saved = content['epoch'], content.get('step', 0)
+
+    def load(self, path):
+        "Continues from a checkpoint of this run."
+        self.restore(read_checkpoint(path))
+
+    @contextmanager
+    def guarded(self):
+        "Inside, Ctrl-C and SIGTERM save the epoch under way, and callbacks hear of an error."
+        with self.signals:
+            try:
+                try:
+                    yield
+                except (Stopped, Exception) as error:
+                    stop = stop_behind(error)
+                    if stop is None:
+                        raise
+                    raise Stopped(stop.signal, self.save_stopped(stop)) from None
+            except Exception as error:
+                self.writer.join()  # the checkpoint before this epoch
+                self.tell('on_error', error)
+                raise
+
+    def save_stopped(self, stop: Stopped) -> str:  # what is said
+        "Saves the epoch under way, if it has steps that no checkpoint has."
+        self.writer.wait()
+        self.stages.read_losses()
+        u = self.state.under_way
+        if u is not None and (u.epoch, u.steps) > self.saved:
+            self.state.epoch = u.epoch  # not finished: it has no line yet
+            self.save(partial=True)
+        epochs, steps = self.saved
+        return (
+            f'stopped by {stop}, saved after {epochs} epochs and {steps} steps. Go on with: ccc train'
+            f' --resume {self.run}'
+        )
+
+    @classmethod
+    def resume(
+        cls,
+        run,  # folder of a run
+        dataset=None,
+        net=None,  # as of `Trainer`
+        checkpoint='last',  # last or best
+        *,
+        label_maker=None,
+        memory=None,
+        sampler=None,
+        augment=None,
+        loss=None,  # those the run began with
+        callbacks=(),  # as of `Trainer`
+        **settings,  # that are to be others from now on; none may decide the weights
+    ):
+        """The trainer of a run as it was after a checkpoint; `fit` then goes on. ValueError if data or
+        parts are others."""
+        folder = RunFolder(run)
+        metadata, config = folder.metadata, changed_settings(folder.config, **settings)
+        if metadata.get('numerics', 1) != NUMERICS:
+            warnings.warn(
+                f'the run began under NUMERICS {metadata.get("numerics", 1)} and goes on under {NUMERICS}:'
+                ' its epochs are not all trained alike'
+            )
+        check_same_parts(
+            folder.parts, Parts(label_maker, memory, sampler, augment, loss).or_recipe(config.recipe)
+        )
+        trainer = cls(
+            config,
+            dataset,
+            net,
+            label_maker=label_maker,
+            memory=memory,
+            sampler=sampler,
+            augment=augment,
+            loss=loss,
+            callbacks=callbacks,
+        )
+        began, now = metadata['data'].get('fingerprint'), trainer.dataset.fingerprint()
+        if began != now:
+            raise ValueError(
+                f'a run can only go on with the data it began with: fingerprint {began}, got {now}'
+            )
+        trainer.folder = folder
+        content = folder.checkpoint(config.ckpt_dir, checkpoint)
+        if content:
+            trainer.restore(content)  # none yet: the run stopped in its first epoch and begins again
+        if config.num_epochs < trainer.epoch:
+            raise ValueError(
+                f'num_epochs must be at least the {trainer.epoch} epochs that the run has done, got'
+                f' {config.num_epochs}'
+            )
+        return trainer
+
+# %% ../nbs/08_training.ipynb #9f5006d7
+def fit(
+    config: Config | None = None,  # settings of a new run
+    resume=None,  # or the folder of a run to go on with
+    dataset=None,
+    net=None,  # as of `Trainer`
+    **options,
+) -> list:  # parts and callbacks; with `resume`, settings as of `Trainer.resume` -> rows of metrics.jsonl
+    "A whole run, or the rest of one."
+    if resume is None:
+        return Trainer(config, dataset, net, **options).fit()
+    return Trainer.resume(resume, dataset, net, **options).fit()
+
+# %% ../nbs/08_training.ipynb #reexp001
 # what this module made before it was split, and is still asked for here
 from .config import learning_rate  # noqa: F401
 from .engine import Chunked, extract_embeddings, make_engine  # noqa: F401
@@ -156,456 +669,3 @@ _all_ = [
     'write_file',
     'write_metrics',
 ]
-
-# %% ../nbs/08_training.ipynb #47900b59
-def _digest(tensors):
-    "A few characters that change with any bit of the tensors."
-    h = hashlib.blake2b(digest_size=10)
-    for t in tensors:
-        h.update(t.detach().cpu().contiguous().numpy().data)
-    return h.hexdigest()
-
-
-def describe_warmup(trainer) -> dict:  # plain values, as JSON has them
-    "All that shapes a warm-up, before it has begun."
-    run = describe_run(trainer.config, trainer.dataset, trainer.engine)
-    description = {
-        k: run[k] for k in ('versions', 'device', 'device_name', 'processes', 'arithmetic', 'data')
-    }
-    description |= dict(
-        settings=warmup_settings(trainer.config),
-        weights=_digest(trainer.net.state_dict().values()),
-        pixels=_digest([trainer.images()]),
-    )
-    parts = trainer.stages.parts.describe()
-    return json.loads(json.dumps(description | (dict(parts=parts) if parts else {})))
-
-
-def warmup_folder(store: str, description: dict) -> Path:  # `warmup_store`, of `describe_warmup`
-    "Where the warm-up so described is kept."
-    return (
-        Path(store).expanduser()
-        / hashlib.sha1(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
-    )
-
-# %% ../nbs/08_training.ipynb #0fbc65a0
-def leave_warmup(trainer, description: dict):  # of `describe_warmup`
-    "Puts the warm-up that has just ended into the store: labels, numbers and checkpoints."
-    folder, last = warmup_folder(trainer.config.warmup_store, description), trainer.epoch - 1
-    if folder.exists():
-        return
-    part = folder.with_name(f'{folder.name}.{os.getpid()}.tmp')
-    shutil.copytree(trainer.run / 'labels', part / 'labels')
-    shutil.copy(trainer.run / 'metrics.jsonl', part)
-    for path in (trainer.checkpoint_dir / f'epoch_{last:03d}.pt', trainer.checkpoint_dir / 'best.pt'):
-        if path.exists():
-            shutil.copy(path, part)
-    entry = json.dumps(dict(told=description, made_by=trainer.run.name), indent=1)
-    write_file(part / 'warmup.json', lambda f: f.write(entry.encode()))
-    try:
-        part.rename(folder)
-    except OSError:  # another run of the same description was quicker
-        if not folder.is_dir():
-            raise
-        shutil.rmtree(part)
-
-
-def take_warmup(
-    trainer, description: dict
-) -> str:  # of `describe_warmup` -> what was taken; '' if there is none
-    "Brings a warm-up of the very same description from the store into the run's folder."
-    folder = warmup_folder(trainer.config.warmup_store, description)
-    if not folder.exists():
-        return ''
-    entry = json.loads((folder / 'warmup.json').read_text())
-    if entry['told'] != description:
-        raise ValueError(
-            f'a warm-up must be described by the folder it lies in, got another description in {folder}'
-        )
-    shutil.copytree(folder / 'labels', trainer.run / 'labels', dirs_exist_ok=True)
-    shutil.copy(folder / 'metrics.jsonl', trainer.run)
-    for path in folder.glob('*.pt'):  # settings that differ do not act before the warm-up's end
-        content = read_checkpoint(path) | dict(settings=asdict(trainer.config))
-        write_checkpoint(trainer.checkpoint_dir / path.name, content)
-    return (
-        f'warm-up of {trainer.config.warmup_iters} epochs taken from {folder.name} in {folder.parent}, made'
-        f' by {entry["made_by"]} from the same settings, weights, pixels, versions and hardware'
-    )
-
-# %% ../nbs/08_training.ipynb #da78f1c9
-class WarmupStore:
-    "A callback: takes a finished warm-up from the store of the settings, or leaves one there."
-
-    def before_fit(self, trainer):
-        "Takes the warm-up if the run is at its beginning and the store has it."
-        if trainer.saved != (0, 0):
-            return
-        description = describe_warmup(trainer)
-        taken = from_main(trainer.engine, lambda: take_warmup(trainer, description))
-        if taken:
-            trainer.restore(newest_checkpoint(trainer.checkpoint_dir))
-        elif trainer.is_main:
-            text = json.dumps(description, indent=1)
-            write_file(trainer.run / 'warmup.json', lambda f: f.write(text.encode()))
-        trainer.say(taken or 'no warm-up of this description in the store: this run will leave one there')
-
-    def after_epoch(self, trainer, row):
-        "Leaves the warm-up after its last epoch, if it was not taken from the store."
-        file = trainer.run / 'warmup.json'
-        if trainer.is_main and trainer.epoch == trainer.config.warmup_iters and file.exists():
-            leave_warmup(trainer, json.loads(file.read_text()))
-
-# %% ../nbs/08_training.ipynb #f34d8f20
-class Maps:
-    "A callback: a UMAP of at most 1000 training images each epoch, and the picture of a finished run."
-
-    def arrays_to_keep(self, trainer, row: dict) -> dict:  # map (M, 2), map_index (M,), camids (M,)
-        "The map of the epoch, which starts from the one before."
-        state, train, seed = trainer.state, trainer.dataset.train, trainer.config.seed
-        shown = sample_points(len(state.x), 1000, seed)
-        with trainer.stages.timed('map'):
-            state.map = umap_map(state.x[shown], init=state.map, random_state=seed)
-        row['seconds']['map'] = round(state.seconds['map'], 3)
-        arrays = dict(map=state.map, map_index=shown)
-        return arrays | (dict(camids=train.camids[shown]) if train.has_camids else {})
-
-    def after_fit(self, trainer):
-        "Draws how labels and numbers evolved."
-        if trainer.is_main:
-            plot_evolution(trainer.run).savefig(trainer.run / 'figures' / 'evolution.png')
-
-# %% ../nbs/08_training.ipynb #0d7014ee
-class Tracker:
-    "A callback: sends the numbers of each epoch to TensorBoard."
-
-    def __init__(self):
-        self.board = None
-
-    def after_epoch(self, trainer, row: dict):
-        "Logs every number of the row, those of groups under group/name."
-        if not trainer.is_main:
-            return
-        if self.board is None:
-            from accelerate.tracking import TensorBoardTracker
-
-            self.board = TensorBoardTracker('tensorboard', trainer.run)
-            self.board.start()
-        groups = {name: value if isinstance(value, dict) else {'': value} for name, value in row.items()}
-        flat = {
-            f'{name}/{key}'.rstrip('/'): v for name, values in groups.items() for key, v in values.items()
-        }
-        self.board.log({k: v for k, v in flat.items() if isinstance(v, (int, float))}, step=row['epoch'] + 1)
-
-# %% ../nbs/08_training.ipynb #e7924ee0
-class Console:
-    "A callback: prints what a run does without, a line an epoch, and the end in a few lines."
-
-    def before_fit(self, trainer):
-        "What there is to say before the first epoch, and how the untrained network ranks."
-        for line in fallbacks(trainer.dataset):
-            trainer.say(line)
-        for line in departures(trainer.config):
-            trainer.say(f'leaves the recipe: {line}')
-        for name, part in trainer.stages.parts.describe().items():
-            trainer.say(f'{name} is {part}')
-        untouched = trainer.saved == (0, 0) and trainer.state.under_way is None
-        if untouched and evaluation_due(trainer.config, 0) and can_rank(trainer.dataset):
-            trainer.say(f'untrained: {trainer.evaluate()}')
-        trainer.say(table_head())
-
-    def after_epoch(self, trainer, row: dict):
-        "The line of the epoch."
-        trainer.say(table_line(row, trainer.config.num_epochs))
-
-    def after_fit(self, trainer):
-        "The summary."
-        trainer.say(summary(trainer.folder.rows, trainer.run))
-
-# %% ../nbs/08_training.ipynb #b7984a9e
-class BadBatches:
-    "A callback: keeps the batch of a step that cannot be right."
-
-    def on_error(self, trainer, error: Exception):
-        "Writes `bad_batch.pt` into the run's folder, and says so in the error."
-        if not isinstance(error, BadBatch):
-            return
-        if trainer.is_main:
-            write_file(trainer.run / 'bad_batch.pt', lambda f: torch.save(error.content, f))
-        error.args = (
-            (
-                f'{error}. The batch is kept as bad_batch.pt in {trainer.run}; the last checkpoint is from'
-                ' before this epoch'
-            ),
-        )
-
-# %% ../nbs/08_training.ipynb #77d07f43
-HOOKS = ('before_fit', 'arrays_to_keep', 'after_epoch', 'after_fit', 'on_error')
-
-
-def own_callbacks(config: Config) -> list:
-    "The callbacks that the settings ask for, in the order in which they are called."
-    wanted = [
-        (config.warmup_store != 'none', WarmupStore),
-        (config.maps, Maps),
-        (config.track != 'none', Tracker),
-        (True, Console),
-        (True, BadBatches),
-    ]
-    return [kind() for is_wanted, kind in wanted if is_wanted]
-
-
-def check_callbacks(callbacks) -> list:
-    "The callbacks as a list; ValueError for an object that has none of the methods."
-    callbacks = list(callbacks)
-    deaf = [c for c in callbacks if not any(callable(getattr(c, hook, None)) for hook in HOOKS)]
-    if deaf:
-        raise ValueError(f'a callback must have one of {", ".join(HOOKS)}, got {type(deaf[0]).__name__}')
-    return callbacks
-
-# %% ../nbs/08_training.ipynb #3d8e43b1
-class Trainer:
-    "A run of 3C: the four stages of an epoch, the state of the run, the folder that keeps it, and callbacks."
-
-    def __init__(
-        self,
-        config: Config,  # all settings
-        dataset=None,  # `ReIDDataset`; None: the one the settings name
-        net: (
-            nn.Module | None
-        ) = None,  # images (B, 3, H, W) -> unit-norm (B, D); None: the one the settings name
-        *,
-        label_maker=None,
-        memory=None,
-        sampler=None,
-        augment=None,
-        loss=None,  # as of `Parts`; None: the method's own
-        callbacks=(),  # objects with some of the methods `HOOKS`, called in every process
-    ):
-        self.callbacks = own_callbacks(config) + check_callbacks(callbacks)
-        self.stages = Epoch(config, dataset, net, Parts(label_maker, memory, sampler, augment, loss))
-        # epochs and steps done when the state was last written or read
-        self.folder, self.saved = None, (0, 0)
-        self.signals = StopSignals()
-
-    config = property(attrgetter('stages.config'))
-    engine = property(attrgetter('stages.engine'))
-    dataset = property(attrgetter('stages.dataset'))
-    net = property(attrgetter('stages.net'))
-    images = property(attrgetter('stages.images'))
-    state = property(attrgetter('stages.state'))
-    epoch = property(attrgetter('state.epoch'))
-    labels = property(attrgetter('state.labels'))
-    memory = property(attrgetter('state.memory'))
-    x = property(attrgetter('state.x'))
-    is_main = property(attrgetter('engine.is_main_process'))
-
-    @property
-    def run(self) -> Path | None:
-        "The path of the run's folder; None before it began."
-        return None if self.folder is None else self.folder.path
-
-    @property
-    def checkpoint_dir(self) -> Path:
-        "Where the checkpoints of the run are."
-        return self.folder.checkpoints_under(self.config.ckpt_dir)
-
-    def extract(self, split='train') -> np.ndarray:  # (N, D) float32, unit norm
-        "Embeddings of a split."
-        return self.stages.extract(split)
-
-    def make_labels(self, x) -> PseudoLabels:  # embeddings (N, D) of the training images
-        "Pseudo-labels by this epoch's label maker."
-        return self.stages.make_labels(x)
-
-    def train_epoch(self, labels: PseudoLabels) -> dict:  # mean loss, learning rate, speed
-        """`iters` steps on fresh memory, or those left of an epoch that was stopped; Ctrl-C waits for the
-        end of a step."""
-        steps = self.config.iters - len(self.stages.begin(labels).losses)
-        with progress_bar(None, 'train', self.engine, steps) as bar, self.signals.held():
-
-            def after_step():
-                bar.update()
-                self.signals.check(self.engine)
-
-            return self.stages.train(labels, after_step)
-
-    def evaluate(self, rerank: bool | None = None):  # None: as the settings say -> `Ranking`
-        "mAP and CMC of the queries against the gallery; ValueError if no query has a match."
-        return self.stages.evaluate(rerank)
-
-    def step(self) -> dict:  # a row of metrics.jsonl
-        "One epoch: those four in order. Nothing is written."
-        return self.stages.step(self.train_epoch)
-
-    def fit(self) -> list:  # rows of metrics.jsonl
-        "All epochs that are left: prints a table, writes the run's folder, returns the rows."
-        check_size(self.config, self.dataset.train)
-        self.start()
-        with self.guarded():
-            self.tell('before_fit')
-            while self.epoch < self.config.num_epochs:
-                self.keep(self.step())
-            self.tell('after_fit')
-        return self.folder.rows
-
-    def keep(self, row: dict):  # of `step`
-        "Keeps an epoch: labels and numbers, a checkpoint; then callbacks hear of it."
-        self.record(row)
-        self.save()
-        self.tell('after_epoch', row)
-        self.engine.wait_for_everyone()
-
-    def tell(self, hook: str, *values):  # one of `HOOKS`
-        "Calls the method of this name of every callback that has it."
-        for callback in self.callbacks:
-            method = getattr(callback, hook, None)
-            if method is not None:
-                method(self, *values)
-
-    def say(self, text: str):
-        "Prints, on the first process alone."
-        if self.is_main:
-            print(text, flush=True)
-
-    def start(self):
-        "Makes the run's folder, or sets aside in an old one what the state in memory does not know of."
-        is_new = self.folder is None
-        if is_new:
-            check_places(self.config)
-            try_network(self.net, self.config, self.engine.device)
-            self.folder = RunFolder(from_main(self.engine, lambda: new_run(self.config)))
-        if self.is_main and is_new:
-            self.folder.begin(
-                describe_run(self.config, self.dataset, self.engine, self.stages.parts.describe())
-            )
-        elif self.is_main:
-            self.folder.go_on(self.config, self.epoch, self.saved)
-        self.engine.wait_for_everyone()
-
-    def record(self, row: dict):
-        "Keeps an epoch in the folder: labels, what callbacks have to keep beside them, a line of numbers."
-        if not self.is_main:
-            return
-        arrays = dict(labels=self.labels.labels, confidence=self.labels.confidence)
-        for callback in self.callbacks:
-            if hasattr(callback, 'arrays_to_keep'):
-                arrays |= callback.arrays_to_keep(self, row)
-        self.folder.record(row, arrays)
-
-    def save(self, partial: bool = False) -> Path:  # the checkpoint
-        """Writes a checkpoint of the state after the last finished epoch, or in the middle of the one
-        under way."""
-        if self.folder is None:
-            self.start()
-        content = checkpoint_content(self.state, self.config, partial)
-        path = self.folder.checkpoint_path(self.config.ckpt_dir, content['epoch'], content['step'])
-        if self.is_main:
-            self.folder.save(path, content, keep_evaluated=self.config.eval_and_ckpt)
-        self.saved = progress(path)
-        return path
-
-    def restore(self, content: dict):  # of a checkpoint
-        "Takes over the state in a checkpoint of this run; ValueError if it belongs to another."
-        previous = None
-        if self.folder is not None:
-            previous, self.state.map = self.folder.labels_and_map(
-                content['epoch'] - 1, len(self.dataset.train)
-            )
-        restore_state(self.state, content, self.config, self.stages.make_memory, previous)
-        self.saved = content['epoch'], content.get('step', 0)
-
-    def load(self, path):
-        "Continues from a checkpoint of this run."
-        self.restore(read_checkpoint(path))
-
-    @contextmanager
-    def guarded(self):
-        "Inside, Ctrl-C and SIGTERM save the epoch under way, and callbacks hear of an error."
-        with self.signals:
-            try:
-                yield
-            except Stopped as stop:
-                raise Stopped(stop.signal, self.save_stopped(stop)) from None
-            except Exception as error:
-                self.tell('on_error', error)
-                raise
-
-    def save_stopped(self, stop: Stopped) -> str:  # what is said
-        "Saves the epoch under way, if it has steps that no checkpoint has."
-        u = self.state.under_way
-        if u is not None and (u.epoch, len(u.losses)) > self.saved:
-            self.state.epoch = u.epoch  # not finished: it has no line yet
-            self.save(partial=True)
-        epochs, steps = self.saved
-        return (
-            f'stopped by {stop}, saved after {epochs} epochs and {steps} steps. Go on with: ccc train'
-            f' --resume {self.run}'
-        )
-
-    @classmethod
-    def resume(
-        cls,
-        run,  # folder of a run
-        dataset=None,
-        net=None,  # as of `Trainer`
-        checkpoint='last',  # last or best
-        *,
-        label_maker=None,
-        memory=None,
-        sampler=None,
-        augment=None,
-        loss=None,  # those the run began with
-        callbacks=(),  # as of `Trainer`
-        **settings,  # that are to be others from now on; none may decide the weights
-    ):
-        """The trainer of a run as it was after a checkpoint; `fit` then goes on. ValueError if data or
-        parts are others."""
-        folder = RunFolder(run)
-        metadata, config = folder.metadata, changed_settings(folder.config, **settings)
-        if metadata.get('numerics', 1) != NUMERICS:
-            warnings.warn(
-                f'the run began under NUMERICS {metadata.get("numerics", 1)} and goes on under {NUMERICS}:'
-                ' its epochs are not all trained alike'
-            )
-        check_same_parts(
-            folder.parts, Parts(label_maker, memory, sampler, augment, loss).or_recipe(config.recipe)
-        )
-        trainer = cls(
-            config,
-            dataset,
-            net,
-            label_maker=label_maker,
-            memory=memory,
-            sampler=sampler,
-            augment=augment,
-            loss=loss,
-            callbacks=callbacks,
-        )
-        began, now = metadata['data'].get('fingerprint'), trainer.dataset.fingerprint()
-        if began != now:
-            raise ValueError(
-                f'a run can only go on with the data it began with: fingerprint {began}, got {now}'
-            )
-        trainer.folder = folder
-        content = folder.checkpoint(config.ckpt_dir, checkpoint)
-        if content:
-            trainer.restore(content)  # none yet: the run stopped in its first epoch and begins again
-        if config.num_epochs < trainer.epoch:
-            raise ValueError(
-                f'num_epochs must be at least the {trainer.epoch} epochs that the run has done, got'
-                f' {config.num_epochs}'
-            )
-        return trainer
-
-# %% ../nbs/08_training.ipynb #9f5006d7
-def fit(
-    config: Config | None = None,  # settings of a new run
-    resume=None,  # or the folder of a run to go on with
-    dataset=None,
-    net=None,  # as of `Trainer`
-    **options,
-) -> list:  # parts and callbacks; with `resume`, settings as of `Trainer.resume` -> rows of metrics.jsonl
-    "A whole run, or the rest of one."
-    if resume is None:
-        return Trainer(config, dataset, net, **options).fit()
-    return Trainer.resume(resume, dataset, net, **options).fit()

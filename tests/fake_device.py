@@ -176,6 +176,8 @@ def _moved(tensor, args, kwargs):
         return torch.Tensor.to(tensor, **how) if how else tensor
     if tensor.requires_grad and torch.is_grad_enabled():
         raise NotImplementedError('a gradient through a copy between devices')
+    if device.type == 'meta':  # shapes alone: nothing is copied
+        return torch.empty_like(_plain(tensor), device='meta', dtype=dtype or tensor.dtype)
     out = to_host(tensor, non_blocking) if here else to_device(tensor, non_blocking)
     if device.type not in ('cpu', 'cuda'):
         return out.to(device, dtype)

@@ -11,6 +11,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 import zipfile
@@ -152,16 +153,27 @@ def test_death_at_every_write(nursery, whole, tmp_path):
 
 @pytest.mark.parametrize('number, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_asked_to_stop(nursery, whole, tmp_path, number, code):
+    """At any moment of a life. Before `fit` and after it the system's own answer to SIGTERM holds: death
+    by the signal, which a shell reports as 143, too."""
     moments = random.Random(1)
     for attempt in range(4):
         logs = tmp_path / f'{attempt}'
-        # after the imports, which take half of it
-        got, _ = nursery.run(
-            logs, after=whole[1] * (0.55 + 0.1 * attempt + 0.05 * moments.random()), number=number
-        )
-        assert got in (code, 0)  # 0: it was done before
-        run = next(logs.iterdir())
+        got, _ = nursery.run(logs, after=whole[1] * (attempt + moments.random()) / 4, number=number)
+        assert got in (code, 0, -signal.SIGTERM)  # 0: it was done before
         assert nursery.run(logs)[0] == 0
+        (run,) = logs.iterdir()  # a folder that was begun is a run, and is gone on with
+        same(run, whole[0])
+
+
+@pytest.mark.parametrize('number, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_asked_to_stop_at_a_write(nursery, whole, tmp_path, number, code):
+    """Just before and just after the n-th renaming of a file: the probe of the folder, its config.json,
+    the files of an epoch. The run has begun, so it is stopped in order and goes on."""
+    for n in (1, -1, 2, -2, 3, 5, -6, 8):
+        logs = tmp_path / f'{n}'
+        assert nursery.run(logs, die_at_write=n, number=number)[0] == code
+        assert nursery.run(logs)[0] == 0
+        (run,) = logs.iterdir()
         same(run, whole[0])
 
 
@@ -221,8 +233,9 @@ def test_stop_between_stages(data, tmp_path, monkeypatch):
         with pytest.raises(Stopped):
             t.fit()
         again = Trainer.resume(t.run, data, tiny_net(8))
-        # the first extraction of an evaluation comes before that of the next epoch
-        assert again.saved == ((2, 0) if stage == 'make_labels' else (1, 3))
+        # the first extraction of an evaluation comes before that of the next epoch; what is being kept
+        # is kept as a whole
+        assert again.saved == ((2, 0) if stage in ('make_labels', 'record') else (1, 3))
         again.fit()
         same(t.run, whole.run)
 
@@ -245,6 +258,106 @@ def test_a_second_sigterm_does_not_stop_the_saving(data, tmp_path, monkeypatch):
     again = Trainer.resume(t.run, data, tiny_net(8))
     assert len(again.state.under_way.losses) == 2
     again.fit()
+    same(t.run, whole.run)
+
+
+def test_stop_that_became_another_error(data, tmp_path):
+    "PyTorch's C++ makes a RuntimeError of what a signal raises inside it; it stays a stop."
+    t = make(data, tmp_path)
+    real = t.stages.make_labels
+
+    class File(io.BytesIO):
+        def write(self, content):
+            signal.raise_signal(signal.SIGTERM)
+
+    def make_labels(x):
+        if t.epoch == 1:
+            torch.save(dict(a=torch.ones(9)), File())
+        return real(x)
+
+    t.stages.make_labels = make_labels
+    with pytest.raises(Stopped, match='saved after 1 epochs and 0 steps'):
+        t.fit()
+    assert Trainer.resume(t.run, data, tiny_net(8)).epoch == 1
+
+
+class Gate:
+    "Holds every checkpoint back until it is opened; an error may come out of it."
+
+    def __init__(self, error=None):
+        self.opened, self.began, self.most, self.error = threading.Event(), [], 0, error
+        self.real, self.under_way = RunFolder.save, 0
+
+    def save(self, *args, **how):
+        self.under_way += 1
+        self.most = max(self.most, self.under_way)
+        self.began.append(threading.current_thread() is threading.main_thread())
+        self.opened.wait(60)
+        self.under_way -= 1
+        if self.error is not None:
+            raise self.error
+        return self.real(*args, **how)
+
+
+def gated(monkeypatch, error=None):
+    gate = Gate(error)
+    monkeypatch.setattr(RunFolder, 'save', lambda *args, **how: gate.save(*args, **how))
+    return gate
+
+
+def test_checkpoints_are_written_beside_training(data, tmp_path, monkeypatch):
+    """The next epoch trains while a checkpoint is held back; one is under way at a time, and what is
+    written is the state as it was."""
+    whole = make(data, tmp_path / 'a')
+    whole.fit()
+    t = make(data, tmp_path / 'b')
+    gate, real, steps = gated(monkeypatch), t.stages.train_batch, []
+
+    def train_batch(n, batch):
+        steps.append((t.epoch, len(gate.began), t.saved))
+        loss = real(n, batch)
+        if (t.epoch, n) == (1, 2):
+            gate.opened.set()
+        return loss
+
+    t.stages.train_batch = train_batch
+    t.fit()
+    # three steps of the second epoch with the first checkpoint begun and not written
+    assert steps[3:6] == [(1, 1, (0, 0))] * 3 and gate.most == 1 and gate.began == [False] * 4
+    same(t.run, whole.run)
+
+
+def test_a_signal_waits_for_a_checkpoint_that_is_being_written(data, tmp_path, monkeypatch):
+    t = stop_at(make(data, tmp_path), 1, 1)
+    gate = gated(monkeypatch)
+    threading.Timer(0.5, gate.opened.set).start()
+    with pytest.raises(Stopped, match='saved after 1 epochs and 2 steps'):
+        t.fit()
+    assert gate.most == 1 and [progress(p) for p in checkpoints(t.checkpoint_dir)] == [(1, 0), (1, 2)]
+
+
+def test_an_error_of_the_writer_ends_the_run_at_the_next_step(data, tmp_path, monkeypatch):
+    "And what it did not write is not taken for written."
+    t = make(data, tmp_path, iters=50)
+    gate, done = gated(monkeypatch, OSError('no room')), []
+    real = t.stages.train_batch
+
+    def train_batch(n, batch):
+        done.append((t.epoch, n))
+        if (t.epoch, n) == (1, 1):
+            gate.opened.set()
+            t.writer.join()
+        return real(n, batch)
+
+    t.stages.train_batch = train_batch
+    with pytest.raises(OSError, match='no room'):
+        t.fit()
+    assert done[-1] == (1, 1) and t.saved == (0, 0) and not checkpoints(t.checkpoint_dir)
+    del t.stages.train_batch
+    monkeypatch.undo()
+    t.fit()  # room was made: on from the step that was reached
+    whole = make(data, tmp_path / 'whole', iters=50)
+    whole.fit()
     same(t.run, whole.run)
 
 
@@ -549,7 +662,7 @@ def nurse(folder):
         print(json.dumps((os.waitstatus_to_exitcode(status), time.perf_counter() - start)), flush=True)
 
 
-def life(data, logs, die_at_write, **_):
+def life(data, logs, die_at_write, number, **_):
     "One life of a run: begun, or gone on with if its folder is there."
     code = 1
     try:
@@ -557,7 +670,7 @@ def life(data, logs, die_at_write, **_):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         torch.set_num_threads(1)
         if die_at_write:
-            mortal(die_at_write)
+            mortal(die_at_write, number)
         runs = [r for r in Path(logs).glob('*') if (r / 'config.json').exists()]
         fit(settings(logs) if not runs else None, runs[0] if runs else None, data, tiny_net())
         code = 0
@@ -567,17 +680,17 @@ def life(data, logs, die_at_write, **_):
         os._exit(code)
 
 
-def mortal(n):
-    "Kills this process before its n-th renaming of a file, or for a negative n after it."
+def mortal(n, number):
+    "This process gets a signal before its n-th renaming of a file, or for a negative n after it."
     real, count = os.replace, [0]
 
     def replace_(*args):
         count[0] += 1
         if count[0] == n:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
         real(*args)
         if count[0] == -n:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
 
     os.replace = replace_
 

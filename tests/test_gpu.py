@@ -5,6 +5,7 @@ import copy
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,15 +13,29 @@ import numpy as np
 import pytest
 import torch
 
+import ccc.engine
+import ccc.training
 from ccc import hdc, neighbors
 from ccc._neighbors_torch import row_blocks
 from ccc.backbone import InstanceBatchNorm, build_backbone
 from ccc.config import Config
-from ccc.engine import extract_embeddings, fetch_images, make_engine, settle_images, unused_parameters
+from ccc.engine import (
+    extract_embeddings,
+    fetch_images,
+    make_engine,
+    settle_images,
+    unused_parameters,
+    what_varies,
+)
 from ccc.labels import make_labels
 from ccc.memory import RULES, ClusterMemory
-from ccc.training import Trainer, augment_batch, check_clusters, train_step
+from ccc._evaluation_kernels import rank_rows
+from ccc.epoch import LOSSES_AT_ONCE
+from ccc.evaluation import evaluate_embeddings, rank_on_device, scores_of_counts
+from ccc.runs import Stopped, checkpoints, describe_run, progress
+from ccc.training import Maps, Trainer, check_clusters
 from fake_device import DEVICE, fake_gpu
+from test_faults import same, stop_at
 from test_training import SETTINGS, tiny_data, tiny_net
 
 TIMM = 'timm:convnext_atto'
@@ -139,6 +154,21 @@ def test_a_launcher_that_shares_out_the_network_is_refused(monkeypatch):
     monkeypatch.setenv('ACCELERATE_USE_FSDP', 'true')
     with pytest.raises(ValueError, match='ACCELERATE_USE_FSDP=true'):
         make_engine(Config(device='cpu'))
+
+
+def test_what_varies_between_devices(gpu, data):
+    "k-means on a GPU and approximate neighbours anywhere; a row of a study says so in its config.json."
+    how = {d: make_engine(Config(device=d)) for d in ('cpu', 'cuda')}
+    varies = lambda device, **s: ' '.join(what_varies(Config(device=device, **s), how[device]))
+    kmeans, index = 'k-means takes the same steps', 'approximate index'
+    assert kmeans in varies('cuda', clustering='kmeans')
+    assert kmeans not in varies('cpu', clustering='kmeans') + varies('cuda', clustering='hdc')
+    for device in how:
+        for name in ('ivf', 'hnsw'):
+            assert f'{index} {name} is built by FAISS' in varies(device, knn_index=name)
+        assert index not in varies(device)
+    saved = describe_run(Config(device='cuda', clustering='kmeans'), data, how['cuda'])
+    assert any(kmeans in sentence for sentence in saved['what_varies'])
 
 
 # images and layout
@@ -299,6 +329,65 @@ def test_what_lies_in_main_memory_is_searched_by_the_cpu(monkeypatch):
         neighbors.knn(x, 9, index)
 
 
+# ranking
+
+
+def gallery(levels, n_q=37, n_g=300, people=9, cameras=3, seed=0):
+    "Embeddings of few values, so that distances tie; persons, cameras, some in one camera alone."
+    rng = np.random.default_rng(seed)
+    draw = lambda n: (
+        rng.integers(-levels, levels + 1, (n, 6)).astype(np.float32),
+        rng.integers(0, people, n),
+        rng.integers(0, cameras, n),
+    )
+    (q, q_pids, q_cams), (g, g_pids, g_cams) = draw(n_q), draw(n_g)
+    q_pids[:2], g_cams[g_pids == 3] = 77, 0  # nobody in the gallery; one person by one camera
+    return q, g, (q_pids, g_pids, q_cams, g_cams)
+
+
+@pytest.mark.parametrize('levels', [1, 3, 1000])
+@pytest.mark.parametrize('block', [1, 16, 256])
+@pytest.mark.parametrize('people', [2, 9, 200])
+def test_ranking_on_the_device_is_that_of_the_kernels(gpu, levels, block, people):
+    "To the last bit, ties included: coordinates are whole numbers, so that distances are exact."
+    q, g, ids = gallery(levels, people=people)
+    here = evaluate_embeddings(q, g, *ids, block=block)
+    q, g = (torch.from_numpy(a).to(DEVICE) for a in (q, g))
+    gpu.start()
+    there = evaluate_embeddings(q, g, *ids, block=block)
+    # three counts come back for each block; all else is sent without waiting
+    blocks = -(-len(q) // block)
+    assert gpu.waits['copy to the host'] <= 3 * blocks + 2 and gpu.syncs <= 3 * blocks + 8, gpu.by_place()
+    for name in ('mAP', 'mINP', 'n_valid', 'n_query', 'cmc', 'ap', 'first_rank', 'inp'):
+        np.testing.assert_array_equal(getattr(there, name), getattr(here, name))
+
+
+def test_nothing_to_rank_on_the_device_is_said_as_on_a_cpu(gpu):
+    q, g, (q_pids, g_pids, q_cams, g_cams) = gallery(3)
+    q, g = (torch.from_numpy(a).to(DEVICE) for a in (q, g))
+    for n_g, pids in ((len(g), g_pids + 1000), (0, g_pids[:0])):
+        with pytest.raises(ValueError, match='no query has a match'):
+            evaluate_embeddings(q, g[:n_g], q_pids, pids, q_cams, g_cams[:n_g])
+
+
+def test_a_distance_of_infinity_or_nan():
+    """Infinite distances are the farthest and tie with each other, with no filling among them; a NaN in a
+    row marks the row."""
+    d = np.array([[1, np.inf, np.inf, 0], [np.inf] * 4, [0, np.nan, 1, 2]], np.float32)
+    pids, cams = np.array([0, 0, 1, 1]), np.array([0, 1, 0, 1])
+    q_pids, q_cams = np.array([0, 1, 0]), np.array([1, 2, 2])
+    order = np.argsort(pids, kind='stable')
+    lo, hi = (np.searchsorted(pids[order], q_pids, side) for side in ('left', 'right'))
+    own = np.concatenate([order[lo[:, None] + np.arange(2)], np.zeros((3, 2), np.int64)], 1)  # two of filling
+    valid = np.arange(4) < 2 * np.ones((3, 1))
+    is_match = valid & (cams[own] != q_cams[:, None])
+    counts = rank_on_device(*map(torch.tensor, (d, own, valid, is_match)))
+    for mine, theirs in zip(
+        scores_of_counts(*(c.numpy() for c in counts)), rank_rows(d, order, lo, hi, q_cams, cams)
+    ):
+        np.testing.assert_array_equal(mine, theirs)
+
+
 # an epoch
 
 
@@ -333,11 +422,12 @@ def test_a_whole_epoch(data, tmp_path, monkeypatch, how):
     )
 
 
-MOST_SYNCS, MOST_KERNELS = 12, 370  # 20 and 370 before constants, dice and indices were sent without waiting
+MOST_KERNELS = 296  # 370 while clusters and cameras were looked at on the device
 
 
-def test_synchronisations_of_a_training_step(data, tmp_path, monkeypatch):
-    "An upper bound, so that none comes back unseen."
+def test_a_step_of_the_trainer_waits_for_nothing(data, tmp_path, monkeypatch):
+    """From fetching the images to the update of the memory: 0 synchronisations. 20 at first, 12 when
+    constants, dice and indices were sent without waiting."""
     net = tiny_net()
     with fake_gpu(monkeypatch) as gpu:
         t = Trainer(Config(**SETTINGS | dict(device='cuda', log_dir=str(tmp_path), iters=9)), data, net)
@@ -345,38 +435,185 @@ def test_synchronisations_of_a_training_step(data, tmp_path, monkeypatch):
         batch = np.arange(16)
         t.stages.train_batch(0, batch)
         gpu.start()
-        t.stages.train_batch(1, batch)
-        assert gpu.syncs <= MOST_SYNCS and gpu.kernels <= MOST_KERNELS, gpu.by_place()
+        loss = t.stages.train_batch(1, batch)
+        assert gpu.syncs == 0 and gpu.kernels <= MOST_KERNELS, (gpu.kernels, gpu.by_place())
+        assert loss.is_cuda and np.isfinite(float(loss))
 
 
-def test_a_step_that_hands_over_labels_in_main_memory_waits_for_nothing(data, tmp_path, monkeypatch):
-    """The whole step, from fetching the images to the update of the memory: 0 synchronisations; only who
-    reads the loss waits."""
+# of an epoch's train stage beside the looks at losses: centroids to the device and a look whether they are
+# finite; whether the weights are finite, after the last step
+AROUND_AN_EPOCH = 3
+
+
+@pytest.mark.parametrize('iters', [20, 65])
+def test_synchronisations_of_an_epoch_of_training(data, tmp_path, monkeypatch, iters):
+    """One look at the losses for 20 steps. 12 a step before: 243 and 783 for these two, 2,403 for 200
+    steps; now 4 and 7, 13 for 200. The losses are those of a CPU."""
+    config = Config(**SETTINGS | dict(log_dir=str(tmp_path), iters=iters))
+    plain = Trainer(config, data, tiny_net())
+    labels = plain.make_labels(plain.extract())
+    plain.train_epoch(labels)
     net = tiny_net()
     with fake_gpu(monkeypatch) as gpu:
-        t = Trainer(Config(**SETTINGS | dict(device='cuda', log_dir=str(tmp_path))), data, net)
-        labels = t.make_labels(t.extract())
-        t.stages.begin(labels)
-        memory, batch = ClusterMemory(labels.centroids, check=False).to(DEVICE), np.arange(16)
-        y, cams = torch.as_tensor(labels.labels[batch]), torch.as_tensor(data.train.camids[batch])
-
-        def step():
-            dice = [torch.Generator().manual_seed(k) for k in range(2)]
-            return train_step(
-                t.stages.embed,
-                memory,
-                t.stages.optimizer,
-                augment_batch(t.images('train'), batch, dice, t.engine.device),
-                y,
-                cams,
-                t.engine,
-            )
-
-        step()
+        t = Trainer(replace(config, device='cuda'), data, net)
+        t.images()
         gpu.start()
-        loss = step()
-        assert gpu.syncs == 0 and gpu.kernels <= 296, (gpu.kernels, gpu.by_place())
-        assert np.isfinite(float(loss))
+        t.train_epoch(labels)
+        looks = -(-iters // LOSSES_AT_ONCE)
+        assert gpu.syncs <= looks + AROUND_AN_EPOCH, gpu.by_place()
+    losses = t.state.under_way.losses
+    assert len(losses) == iters and not t.state.under_way.unread
+    np.testing.assert_allclose(losses[:5], plain.state.under_way.losses[:5], atol=1e-3)
+
+
+def test_the_next_batch_is_there_before_losses_are_read(data, tmp_path, monkeypatch):
+    net, order = tiny_net(), []
+    with fake_gpu(monkeypatch):
+        t = Trainer(Config(**SETTINGS | dict(device='cuda', log_dir=str(tmp_path), iters=45)), data, net)
+        prepare, read = t.stages.prepare, t.stages.read_losses
+
+        def reading(least=1):
+            before = len(t.state.under_way.losses)
+            read(least)
+            if len(t.state.under_way.losses) > before:
+                order.append('read')
+
+        t.stages.prepare = lambda step, batch: order.append(step) or prepare(step, batch)
+        t.stages.read_losses = reading
+        t.train_epoch(t.make_labels(t.extract()))
+    assert [order[i - 1] for i, what in enumerate(order) if what == 'read'] == [20, 40, 44]
+    assert [what for what in order if what != 'read'] == list(range(45))
+
+
+def test_the_bar_shows_the_loss_read_last(data, tmp_path, monkeypatch):
+    net, shown = tiny_net(), []
+
+    class Bar:
+        __enter__ = lambda self: self
+        __exit__ = update = lambda self, *_: None
+        set_postfix = lambda self, loss, refresh: shown.append(loss)
+
+    monkeypatch.setattr(ccc.training, 'progress_bar', lambda *_: Bar())
+    with fake_gpu(monkeypatch):
+        t = make_on_device(data, tmp_path, net, iters=45)
+        labels = t.make_labels(t.extract())
+        monkeypatch.setattr(ccc.engine, 'progress_bar', lambda items, *_: items)
+        t.train_epoch(labels)
+        losses = [f'{loss:.3f}' for loss in t.state.under_way.losses]
+    # nothing in the first twenty steps, then the last of twenty, of forty, and the very last
+    assert shown == [losses[19]] * 20 + [losses[39]] * 4 + [losses[44]]
+
+
+def test_parts_get_clusters_and_cameras_on_the_device(data, tmp_path, monkeypatch):
+    "A memory or a loss of the user's may compare them with embeddings; only our own takes them from memory."
+    net, places = tiny_net(), []
+
+    class Own(ClusterMemory):
+        def forward(self, z, y, camids):
+            places.append((y.is_cuda, camids.is_cuda))
+            return super().forward(z, y, camids)
+
+    def loss(z, y, camids, positions):
+        places.append((y.is_cuda, camids.is_cuda))
+        return 0 * (z * (y == y[0])[:, None]).sum()
+
+    with fake_gpu(monkeypatch):
+        config = Config(**SETTINGS | dict(log_dir=str(tmp_path), device='cuda', iters=1))
+        make = lambda labels: Own(torch.as_tensor(labels.centroids))
+        Trainer(config, data, net, memory=make, loss=loss).step()
+    assert places == [(True, True)] * 2
+
+
+@pytest.mark.parametrize('what', ['embedding', 'weight', 'augment'])
+def test_the_bad_batch_is_the_right_one(data, tmp_path, monkeypatch, what):
+    """A loss that is no number is found up to 20 steps later. The batch that is kept is that of its step,
+    image for image, with the step's number; nothing of the epoch is kept as a checkpoint."""
+    bad_step, net, seen = 5, tiny_net(), {}
+    with fake_gpu(monkeypatch):
+        t = make_on_device(data, tmp_path, net, iters=30)
+        prepare, calls = t.stages.prepare, []
+
+        def poisoned(step, batch):
+            images = prepare(step, batch)
+            if t.epoch == 1 and step == bad_step and not calls.count(step):
+                if what == 'embedding':
+                    net.neck.weight.data[3] = float('nan')
+                if what == 'weight':
+                    net.trunk[0].weight.register_hook(lambda g: g * float('inf'))
+            calls.append(step) if t.epoch == 1 else None
+            if what == 'augment' and (t.epoch, step) == (1, bad_step):
+                images[0, 0, 0, 0] = float('nan')
+            seen.setdefault((t.epoch, step), (batch.copy(), images.cpu().clone()))
+            return images
+
+        t.stages.prepare = poisoned
+        # gradients of infinity spoil the weights, which the loss of the next step shows
+        step = bad_step + (what == 'weight')
+        with pytest.raises(ValueError, match=rf'epoch 2, step {step + 1}: .*finite.*kept as bad_batch.pt'):
+            t.fit()
+        batch = torch.load(t.run / 'bad_batch.pt', weights_only=True)
+        saved = [progress(p) for p in checkpoints(t.checkpoint_dir)]
+    assert (batch['epoch'], batch['step']) == (1, step) and saved == [(1, 0)]
+    # it was found later
+    assert max(s for e, s in seen if e == 1) == 20
+    positions, images = seen[1, step]
+    np.testing.assert_array_equal(batch['positions'], positions)
+    torch.testing.assert_close(batch['images'], images, rtol=0, atol=0, equal_nan=True)
+
+
+def make_on_device(data, tmp_path, net, **settings):
+    return Trainer(Config(**SETTINGS | dict(log_dir=str(tmp_path), device='cuda') | settings), data, net)
+
+
+def test_a_stop_before_losses_are_read(data, tmp_path, monkeypatch):
+    "The checkpoint has every step and its loss; with a loss that is no number there is none."
+    nets = [tiny_net() for _ in range(4)]
+    with fake_gpu(monkeypatch):
+        whole = make_on_device(data, tmp_path, nets[0], iters=30, num_epochs=2)
+        whole.fit()
+        t = stop_at(make_on_device(data, tmp_path, nets[1], iters=30, num_epochs=2), 1, 24)
+        with pytest.raises(Stopped, match='saved after 1 epochs and 25 steps'):
+            t.fit()
+        again = Trainer.resume(t.run, data, nets[2])
+        assert len(again.state.under_way.losses) == 25 and not again.state.under_way.unread
+        again.fit()
+        same(t.run, whole.run)
+        bad = stop_at(make_on_device(data, tmp_path, nets[3], iters=30, num_epochs=2), 1, 6)
+        prepare = bad.stages.prepare
+
+        def poisoned(step, batch):
+            if (bad.epoch, step) == (1, 4):
+                nets[3].neck.weight.data[3] = float('nan')
+            return prepare(step, batch)
+
+        bad.stages.prepare = poisoned
+        with pytest.raises(ValueError, match='epoch 2, step 5: .*kept as bad_batch.pt'):
+            bad.fit()
+        assert [progress(p) for p in checkpoints(bad.checkpoint_dir)] == [(1, 0)]
+
+
+def test_maps_are_made_beside_training(data, tmp_path, monkeypatch):
+    """By a thread that begins when the labels are there. The folder holds the same maps as if each had
+    been made when its epoch was kept."""
+    pytest.importorskip('umap')
+    net, other, threads = tiny_net(), tiny_net(), []
+    real = Maps.make
+
+    def make(self, trainer):
+        threads.append(threading.current_thread() is threading.main_thread())
+        return real(self, trainer)
+
+    monkeypatch.setattr(Maps, 'make', make)
+    with fake_gpu(monkeypatch):
+        t = make_on_device(data, tmp_path, net, maps=True, num_epochs=2)
+        t.fit()
+        monkeypatch.setattr(Maps, 'after_labels', lambda self, trainer: None)
+        plain = make_on_device(data, tmp_path, other, maps=True, num_epochs=2)
+        plain.fit()
+    assert threads == [False, False, True, True]
+    same(t.run, plain.run)
+    names = [sorted(str(p.relative_to(u.run)) for p in u.run.rglob('*')) for u in (t, plain)]
+    assert names[0] == names[1] and 'map' in np.load(t.run / 'labels/epoch_001.npz')
 
 
 # the measurement that waits for a GPU

@@ -320,11 +320,12 @@ def whole_run(args, config, until):
             for stage, seconds in (
                 row['seconds']
                 | {
-                    'labels, numbers and checkpoint': kept,
+                    'labels and numbers; the rest of the checkpoint before': kept,
                     'everything else': took - sum(row['seconds'].values()),
                 }
             ).items():
                 sums[stage] = sums.get(stage, 0) + seconds
+        t.writer.wait()
         return t.epoch, time.perf_counter() - start, sums
 
 

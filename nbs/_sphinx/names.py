@@ -67,9 +67,10 @@ def comment_at(node, lines):
 
 
 def value(node):
-    "What a constant without a comment is, as it is written, if that is short."
-    text = re.sub(r'\s+', ' ', ast.unparse(node.value)) if getattr(node, 'value', None) else ''
-    return f'`{text if len(text) <= VALUE else text[:VALUE].rstrip() + " …"}`'.replace('``', '')
+    "What a constant or a function of one line is, as it is written: in place of a sentence that nobody wrote."
+    expression = getattr(node.body[-1] if isinstance(node, ast.FunctionDef) else node, 'value', None)
+    text = re.sub(r'\s+', ' ', ast.unparse(expression)) if expression else ''
+    return f'`{text if len(text) <= VALUE else text[:VALUE].rstrip() + " …"}`' if text else ''
 
 
 def sentences(code):
@@ -79,10 +80,10 @@ def sentences(code):
         if is_patch(node):
             continue
         documented = isinstance(node, (ast.FunctionDef, ast.ClassDef))
-        text = ast.get_docstring(node) if documented else comment_at(node, lines) or value(node)
+        text = ast.get_docstring(node) if documented else comment_at(node, lines)
         for name in targets(node):
             if not name.startswith('_'):
-                yield name, first_sentence(text or '')
+                yield name, first_sentence(text) if text else value(node)
 
 
 def public_names(notebook):  # dict -> list of (name, sentence)

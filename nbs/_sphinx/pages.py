@@ -8,6 +8,7 @@ from pathlib import Path
 import names
 
 FOLDED = 20  # lines; longer export cells show only whose source they are
+WIDTH = 110  # characters that fit a page
 DIRECTIVE = re.compile(r'#\|\s*(\w[\w-]*):?\s*(.*)')
 LINK = re.compile(r'(?<=\]\()([\w./-]+)(?=(#[\w-]*)?\))')
 
@@ -25,6 +26,13 @@ def text_cell(text, cell_id):
     return dict(cell_type='markdown', id=cell_id, metadata={}, source=text)
 
 
+def is_prose(cell):
+    "Whether the long lines that a cell prints are sentences, not rows: these have wide gaps between columns."
+    texts = [o.get('text') or o.get('data', {}).get('text/plain', '') for o in cell['outputs']]
+    lines = [line.strip() for text in texts for line in ''.join(text).splitlines()]
+    return not any(len(re.findall(r'\S {2,}', line)) > 2 for line in lines if len(line) > WIDTH)
+
+
 def summary(code):
     "What stands in the place of a folded cell."
     defined = names.defined_names(code) or names.defined_names(code, private=True)
@@ -33,7 +41,7 @@ def summary(code):
 
 def code_cell(cell, flags, code):
     "A code cell without flags, with the tags and words that MyST-NB goes by."
-    tags, words = [], {}
+    tags, words = ['wrap'] if is_prose(cell) else [], {}
     defined = [] if 'exporti' in flags else names.defined_names(code)
     if flags.get('echo') == 'false':
         tags.append('remove-input')

@@ -6,7 +6,7 @@
 __all__ = ['COMMANDS', 'starting_point', 'read_options', 'TrainOptions', 'train_options', 'refuse_others', 'print_config',
            'train', 'settings_of', 'EvaluateOptions', 'evaluate', 'explain', 'LabelOptions', 'label', 'SearchOptions',
            'search', 'ExportOptions', 'export', 'DataOptions', 'data', 'ReportOptions', 'report', 'AblateOptions',
-           'ablate', 'SuggestOptions', 'suggest_options', 'suggest', 'tutorials_folder', 'stands_alone',
+           'ablate', 'SuggestOptions', 'suggest_options', 'suggest', 'tutorials_folder', 'code_of', 'mentions',
            'without_dead_links', 'tutorial_files', 'copy_tutorials', 'LabOptions', 'lab', 'usage', 'run_command',
            'main']
 
@@ -499,10 +499,18 @@ def tutorials_folder() -> Path:
     raise FileNotFoundError(f'ccc has its tutorials beside its modules, got none in {package}')
 
 
-def stands_alone(notebook: dict) -> bool:
-    "Whether the code of a notebook reads nothing outside the notebook's own folder."
-    code = (''.join(c['source']) for c in notebook['cells'] if c['cell_type'] == 'code')
-    return not any(re.search(r'''["']\.\./''', text) for text in code)
+def code_of(text: str) -> str:  # JSON of a notebook
+    "All code of a notebook."
+    cells = json.loads(text)['cells']
+    return '\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'code')
+
+
+def mentions(
+    code: str,
+    name: str,  # of a file or folder, or the beginning of a path
+) -> bool:
+    "Whether code has this name as a string or as a part of a path."
+    return bool(re.search(rf"""["'/]{re.escape(name)}["'/]""", code))
 
 
 def without_dead_links(
@@ -518,12 +526,15 @@ def tutorial_files(
     folder: Path,  # with the tutorials and what they read
 ) -> dict:  # relative path -> bytes
     "The files that a copy of the tutorials consists of."
-    texts = {path: path.read_text(encoding='utf-8') for path in sorted(folder.glob('*.ipynb'))}
-    texts = {path: text for path, text in texts.items() if stands_alone(json.loads(text))}
-    names = {path.name for path in texts}
-    files = {Path(path.name): without_dead_links(text, names).encode() for path, text in texts.items()}
-    stored = (path for path in sorted(folder.glob('runs/**/*')) if path.is_file())
-    return files | {path.relative_to(folder): path.read_bytes() for path in stored}
+    texts = {path.name: path.read_text(encoding='utf-8') for path in sorted(folder.glob('*.ipynb'))}
+    texts = {name: text for name, text in texts.items() if not mentions(code_of(text), '..')}
+    code = '\n'.join(map(code_of, texts.values()))
+    files = {Path(name): without_dead_links(text, set(texts)).encode() for name, text in texts.items()}
+    runs = [path for path in sorted(folder.glob('runs/*')) if mentions(code, path.name)]
+    for run in runs:
+        paths = [run] if run.is_file() else [path for path in sorted(run.rglob('*')) if path.is_file()]
+        files |= {path.relative_to(folder): path.read_bytes() for path in paths}
+    return files
 
 
 def copy_tutorials(

@@ -32,6 +32,7 @@ if (reason or no_browser) and os.environ.get('CCC_BROWSER') == 'required':
     raise RuntimeError(f'the site must be tested here (CCC_BROWSER=required): {reason or no_browser}')
 pytestmark = pytest.mark.skipif(reason is not None, reason=reason or '')
 in_browser = pytest.mark.skipif(no_browser is not None, reason=no_browser or '')
+COMMAND = 'python -m sphinx -W --keep-going -qE -b html nbs _docs/html'
 WIDTH = 1200  # pixels of the window
 LINE = 110  # characters of code
 
@@ -40,7 +41,8 @@ LINE = 110  # characters of code
 def site(tmp_path_factory):
     "The folder of the built site; a warning of Sphinx fails it."
     folder = tmp_path_factory.mktemp('site') / 'html'
-    command = [sys.executable, '-m', 'sphinx', '-W', '--keep-going', '-qE', '-b', 'html', 'nbs', str(folder)]
+    words = COMMAND.replace('_docs/html', str(folder)).split()
+    command = [sys.executable, *words[1:]]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr[-4000:]
     return folder
@@ -57,6 +59,11 @@ def helpers():
     finally:
         sys.path.pop(0)
     return names, pages, parts
+
+
+def test_one_command_builds_it():
+    for name in ('nbs/conf.py', 'CONTRIBUTING.md', '.github/workflows/site.yml'):
+        assert COMMAND in (ROOT / name).read_text(), name
 
 
 def notebook(*cells):
@@ -97,6 +104,22 @@ def test_links_of_the_readme_lead_to_pages(helpers):
         ('https://example.invalid', 'https://example.invalid'),
     ):
         assert pages.linked(f'[a]({link})', path, ROOT) == f'[a]({target})'
+
+
+def test_every_page_has_a_place(helpers, tmp_path, monkeypatch):
+    _, _, parts = helpers
+    pages = [page for part in parts.arranged(ROOT / 'nbs').values() for page in part]
+    assert sorted(pages) == sorted({*parts.stored_pages(ROOT / 'nbs')} - {'index'} | {'self'})
+    (tmp_path / 'tutorials').mkdir()
+    for name in ('index', '04_a', '04x_b', 'guide', 'tutorials/c'):
+        (tmp_path / f'{name}.ipynb').touch()
+    monkeypatch.setattr(parts, 'PARTS', {'Start here': 'self', 'Tutorials': '', 'Under the hood': '04_a'})
+    placed = parts.arranged(tmp_path)
+    assert placed['Tutorials'] == ['tutorials/c'] and placed['Under the hood'] == ['04_a', '04x_b']
+    assert placed['Start here'] == ['self', 'guide']
+    monkeypatch.setitem(parts.PARTS, 'Tutorials', 'gone')
+    with pytest.raises(ValueError, match='tutorials/gone'):
+        parts.arranged(tmp_path)
 
 
 def exported(module):

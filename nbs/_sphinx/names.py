@@ -113,7 +113,7 @@ def as_markdown(
 ):
     "A table for each module, in the order of the site."
     text = []
-    for page in (page for part in parts.PARTS for page in parts.page_names(part)):
+    for page in (page for pages in parts.arranged(notebooks).values() for page in pages):
         path = notebooks / f'{page}.ipynb'
         notebook = json.loads(path.read_text(encoding='utf-8')) if path.exists() else None
         module = notebook and module_of(notebook)

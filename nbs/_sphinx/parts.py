@@ -1,4 +1,7 @@
-"The parts of the site and the order of their pages."
+"""The parts of the site and the order of their pages. A new page that is not named here comes last in the part
+that its name suggests."""
+
+import re
 
 PARTS = {
     'Start here': 'self responsible_use names',
@@ -15,10 +18,35 @@ PARTS = {
 }
 
 
-def page_names(part):
-    "The pages of a part, as Sphinx calls them."
-    folder = 'tutorials/' if part == 'Tutorials' else ''
-    return [folder + name for name in PARTS[part].split()]
+def part_of(page):
+    "The part of a page that `PARTS` does not name yet: a lettered notebook is a detail of its module."
+    if page.startswith('tutorials/'):
+        return 'Tutorials'
+    return 'Under the hood' if re.match(r'\d\d[a-z]', page) else 'Start here'
+
+
+def stored_pages(notebooks):
+    "All notebooks and Markdown files, as Sphinx calls them."
+    paths = [*notebooks.glob('*.ipynb'), *notebooks.glob('tutorials/*.ipynb'), *notebooks.glob('*.md')]
+    return sorted(path.relative_to(notebooks).with_suffix('').as_posix() for path in paths)
+
+
+def arranged(
+    notebooks,  # the folder `nbs`
+) -> dict:  # part -> its pages
+    "The pages of each part; ValueError for a place without a page."
+    pages = {
+        part: [f'tutorials/{name}' if part == 'Tutorials' else name for name in names.split()]
+        for part, names in PARTS.items()
+    }
+    placed = {page for part in pages.values() for page in part} - {'self'} | {'index'}
+    stored = stored_pages(notebooks)
+    if placed - set(stored):
+        raise ValueError(f'nbs has no pages {sorted(placed - set(stored))}, which PARTS in {__file__} names')
+    for page in stored:
+        if page not in placed:
+            pages[part_of(page)].append(page)
+    return pages
 
 
 def entry(page):
@@ -29,14 +57,8 @@ def entry(page):
 def as_markdown(
     notebooks,  # the folder `nbs`
 ):
-    "One table of contents for each part; ValueError for a notebook without a place or a place without a page."
-    placed = [name for part in PARTS for name in page_names(part)]
-    pages = [*notebooks.glob('*.ipynb'), *notebooks.glob('tutorials/*.ipynb'), *notebooks.glob('*.md')]
-    stored = {path.relative_to(notebooks).with_suffix('').as_posix() for path in pages}
-    if stored != set(placed) - {'self'} | {'index'}:
-        wrong = sorted(stored ^ set(placed) - {'self', 'index'})
-        raise ValueError(f'PARTS in nbs/_sphinx/parts.py and the pages in nbs must agree, differ in {wrong}')
+    "One table of contents for each part."
     return '\n\n'.join(
-        '\n'.join(['```{toctree}', ':hidden:', f':caption: {part}', '', *map(entry, page_names(part)), '```'])
-        for part in PARTS
+        '\n'.join(['```{toctree}', ':hidden:', f':caption: {part}', '', *map(entry, pages), '```'])
+        for part, pages in arranged(notebooks).items()
     )

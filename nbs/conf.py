@@ -43,6 +43,7 @@ html_static_path = ['_sphinx/static']
 html_css_files = ['site.css']
 html_copy_source = True
 html_show_sphinx = False
+html_use_index = False
 html_theme_options = dict(
     home_page_in_toc=False,
     show_navbar_depth=1,

@@ -6,7 +6,7 @@ import re
 
 import parts
 
-VALUE = 80  # characters of a constant's value that stand in for a sentence
+VALUE = 70  # characters of a constant's value that stand in for a sentence
 
 
 def cell_flags(source):
@@ -124,5 +124,5 @@ def as_markdown(
             for name, sentence in public_names(notebook)
         ]
         heading = f'## `ccc.{module}`\n\n[{title_of(notebook)}](/{page}.ipynb)'
-        text.append('\n'.join([f'{heading}\n\n| name | |\n| --- | --- |', *rows]))
+        text.append('\n'.join([f'{heading}\n\n| name | what it is |\n| --- | --- |', *rows]))
     return '\n\n' + '\n\n'.join(text) + '\n'

@@ -50,7 +50,8 @@ def _one_line(box, args=()):
     is_drawn = '╭' in box  # a terminal without line drawing has the title as a part of its own
     text = re.sub(r'\s+', ' ', re.sub(r'╭.*╮|╰.*╯|│', ' ', box))
     parts = [part.strip() for part in re.split(r'[─-]{8,}', text)]
-    parts = parts[:1] if is_drawn else parts[1:]
+    if not is_drawn:
+        parts = parts[1:]
     pointers = ('Argument helptext', 'For full helptext')
     text = ' '.join(part for part in parts if part and not part.startswith(pointers))
     text = text.removeprefix('Error parsing config: ')

@@ -1,11 +1,13 @@
 "settings.ini -> setuptools, and every exported `ccc/_*_kernels.py` -> a compiled extension of the same name."
 
 import os
+import shutil
 import sys
 from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 config = ConfigParser(delimiters=['='], interpolation=None)
@@ -48,6 +50,18 @@ def kernels():
     )
 
 
+class BuildWithTutorials(build_py):
+    "A wheel has the tutorials, and the runs that they read, beside the modules: `ccc lab` copies them."
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            target = Path(self.build_lib) / 'ccc/tutorials'
+            shutil.rmtree(target, ignore_errors=True)
+            unwanted = shutil.ignore_patterns('.ipynb_checkpoints', '__pycache__', 'logs')
+            shutil.copytree(ROOT / 'nbs/tutorials', target, ignore=unwanted)
+
+
 setup(
     name=config['lib_name'],
     version=config['version'],
@@ -61,12 +75,13 @@ setup(
     long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
     packages=find_packages(include=['ccc', 'ccc.*']),
-    package_data={'ccc': ['report.ipynb', 'city.npz']},
+    package_data={'ccc': ['report.ipynb', 'city.npz', 'py.typed']},
+    cmdclass={'build_py': BuildWithTutorials},
     zip_safe=False,
     install_requires=lines('requirements'),
     extras_require={
         extra: lines(f'{extra}_requirements')
-        for extra in ('dev', 'timm', 'track', 'tables', 'export', 'notebook', 'cluster')
+        for extra in ('dev', 'timm', 'track', 'tables', 'export', 'notebook', 'cluster', 'docs')
     },
     entry_points={'console_scripts': lines('console_scripts'), 'nbdev': ['ccc=ccc._modidx:d']},
     ext_modules=kernels(),

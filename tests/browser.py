@@ -5,6 +5,7 @@ import base64
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -27,6 +28,12 @@ SETTINGS = {
     'notebook-extension/tracker': dict(windowingMode='none'),
 }  # cells out of sight are in the page, too
 PANEL = "[...jupyterapp.shell.widgets('main')].find(w => w.context?.path.endsWith('.ipynb'))"
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
 
 
 def wait(condition, seconds, what):
@@ -131,6 +138,7 @@ class Page:
         import websocket
 
         self.socket, self.count = websocket.create_connection(address, timeout=120), 0
+        self.events = []  # what the browser has told between its answers
         self.call('Page.enable')
 
     def call(self, method, **params):
@@ -138,6 +146,8 @@ class Page:
         self.socket.send(json.dumps(dict(id=self.count, method=method, params=params)))
         while True:
             message = json.loads(self.socket.recv())
+            if 'method' in message:
+                self.events.append(message)
             if message.get('id') == self.count:
                 if 'error' in message:
                     raise AssertionError(f'{method}: {message["error"]}')

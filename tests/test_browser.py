@@ -6,7 +6,6 @@ Without Chromium the test is skipped; with CCC_BROWSER=required (as CI sets it) 
 import importlib.util
 import os
 import shutil
-import socket
 import time
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import nbformat
 import pytest
 
 import browser
+from browser import free_port
 
 ROOT = Path(__file__).parent.parent
 missing = [
@@ -31,12 +31,6 @@ reason = (
 if reason and os.environ.get('CCC_BROWSER') == 'required':
     raise RuntimeError(f'the browser test must run here (CCC_BROWSER=required): {reason}')
 pytestmark = pytest.mark.skipif(reason is not None, reason=reason or '')
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return s.getsockname()[1]
 
 
 @pytest.fixture(scope='module')

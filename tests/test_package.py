@@ -2,6 +2,7 @@
 files where they belong."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -23,7 +24,7 @@ def copy(tmp_path_factory):
         ROOT,
         root,
         ignore=shutil.ignore_patterns(
-            '.git', '.venv', 'build', 'dist', '*.so', '__pycache__', 'logs', '*.egg-info'
+            '.git', '.venv', 'build', 'dist', '*.so', '__pycache__', 'logs', '*.egg-info', '_docs'
         ),
     )
     return root
@@ -96,16 +97,81 @@ def test_code_fits_the_page():
     assert len(long) < LONG_LINES * len(lines), '\n'.join(long)
 
 
-def test_wheel_holds_compiled_kernels(copy, tmp_path):
-    run(sys.executable, '-m', 'build', '--wheel', '--no-isolation', '--outdir', tmp_path, cwd=copy)
-    (wheel,) = tmp_path.glob('ccc_reid-*.whl')
+@pytest.fixture(scope='module')
+def wheel(copy, tmp_path_factory):
+    "A wheel, built from the sources."
+    folder = tmp_path_factory.mktemp('wheel')
+    run(sys.executable, '-m', 'build', '--wheel', '--no-isolation', '--outdir', folder, cwd=copy)
+    (path,) = folder.glob('ccc_reid-*.whl')
+    return path
+
+
+def test_wheel_holds_compiled_kernels(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     for kernel in (ROOT / 'ccc').glob('_*_kernels.py'):
         assert any(re.fullmatch(rf'ccc/{kernel.stem}\..*(so|pyd)', name) for name in names), (
             f'{kernel.stem} is not compiled in {names}'
         )
-    assert {'ccc/report.ipynb', 'ccc/city.npz'} <= set(names)
+    assert {'ccc/report.ipynb', 'ccc/city.npz', 'ccc/py.typed'} <= set(names)
+    tutorials = {f'ccc/tutorials/{p.name}' for p in (ROOT / 'nbs/tutorials').glob('*.ipynb')}
+    assert tutorials <= set(names)
     assert not any(name.startswith(('tests/', 'nbs/')) for name in names)
+
+
+@pytest.fixture
+def lab(wheel, tmp_path):
+    "`ccc lab` of a wheel that is unpacked outside the clone; its JupyterLab notes its words and ends."
+    zipfile.ZipFile(wheel).extractall(tmp_path / 'site')
+    stub = tmp_path / 'stub/jupyterlab'
+    stub.mkdir(parents=True)
+    (stub / '__init__.py').touch()
+    (stub / '__main__.py').write_text('import sys; print("opened", sys.argv[1:])')
+
+    def call(*words, jupyterlab=True):
+        start = '' if jupyterlab else "sys.modules['jupyterlab'] = None; "
+        program = f'import sys; {start}from ccc.cli import main; sys.exit(main({list(words)!r}))'
+        path = os.pathsep.join([str(tmp_path / 'site'), str(tmp_path / 'stub')])
+        return subprocess.run(
+            [sys.executable, '-c', program],
+            cwd=tmp_path,
+            env=os.environ | dict(PYTHONPATH=path),
+            capture_output=True,
+            text=True,
+        )
+
+    return call
+
+
+def test_lab_copies_the_tutorials_out_of_a_wheel_and_opens_the_first(lab, tmp_path):
+    done = lab('lab')
+    folder = tmp_path / 'ccc-tutorials'
+    assert done.returncode == 0 and f"opened ['{Path('ccc-tutorials/step_through.ipynb')}']" in done.stdout
+    assert {'step_through', 'evolution', 'own_images'} <= {p.stem for p in folder.glob('*.ipynb')}
+    for path in folder.glob('*.ipynb'):
+        cells = json.loads(path.read_text())['cells']
+        code = '\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'code')
+        words = '\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'markdown')
+        names = re.findall(r"""['"](\.\./[^'"]*|runs/[\w./-]+)['"]""", code)
+        links = re.findall(r'\]\(([\w./]+\.ipynb)', words)
+        assert [name for name in names + links if not (folder / name).exists()] == [], path.name
+
+
+def test_lab_keeps_what_the_reader_has_edited(lab, tmp_path):
+    edited = tmp_path / 'mine/step_through.ipynb'
+    edited.parent.mkdir()
+    edited.write_text('edited')
+    first = lab('lab', '--no-open', '--folder', 'mine')
+    assert first.returncode == 0 and 'step_through.ipynb stays as it is' in first.stdout
+    again = lab('lab', '--no-open', '--folder', 'mine')
+    assert '0 files copied to mine' in again.stdout and 'opened' not in first.stdout + again.stdout
+    assert edited.read_text() == 'edited' and (edited.parent / 'evolution.ipynb').exists()
+
+
+def test_lab_without_jupyterlab_says_what_to_install(lab, tmp_path):
+    done = lab('lab', jupyterlab=False)
+    assert done.returncode == 2 and done.stderr.count('\n') == 1
+    assert "pip install 'ccc-reid[notebook]'" in done.stderr and not (tmp_path / 'ccc-tutorials').exists()
+    assert lab('lab', '--no-open', jupyterlab=False).returncode == 0
 
 
 LIGHT = ['ccc', 'ccc.neighbors', 'ccc.hdc', 'ccc.labels', 'ccc.evaluation', 'ccc.viz', 'ccc.cli']
@@ -113,7 +179,7 @@ LIGHT = ['ccc', 'ccc.neighbors', 'ccc.hdc', 'ccc.labels', 'ccc.evaluation', 'ccc
 
 @pytest.mark.parametrize('module', LIGHT)
 def test_light_imports(module):
-    "Numerical rooms do without torch, and nobody loads what only some functions need."
+    "Numerical modules do without torch, and nobody loads what only some functions need."
     loaded = run(sys.executable, '-c', f'import {module}, sys; print(*sys.modules)').split()
     assert not {'torch', 'umap', 'numba', 'faiss', 'matplotlib', 'timm', 'accelerate', 'tyro'} & set(loaded)
 

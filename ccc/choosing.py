@@ -14,7 +14,7 @@ import numpy as np
 from .evolution import graph_silhouette
 from .labels import build_graph, make_labels
 from .runs import RunFolder, read_metrics
-from .viz import _COLOURS, _GREY, _MARKERS, _figure
+from .viz import COLOURS, GREY, MARKERS, new_figure
 
 # %% ../nbs/09c_choosing.ipynb #1de4b3bb
 def label_quality(
@@ -78,20 +78,20 @@ def _best(name, candidates, scores, score, **told):
 # %% ../nbs/09c_choosing.ipynb #383282b8
 def _plot(s, truth, said):
     "Score over candidates; at the right, clusters and outliers where they are told."
-    fig, axes = _figure(2 if 'n_clusters' in s.told else 1, 4.8, 3)
+    fig, axes = new_figure(2 if 'n_clusters' in s.told else 1, 4.8, 3)
     at = (
         np.arange(len(s.candidates))
         if isinstance(s.value, str)
         else np.array(s.candidates, float) + (s.name == 'epoch')
     )
     chosen = at[s.candidates.index(s.value)]
-    axes[0].plot(at, s.scores, color=_COLOURS[0], marker=_MARKERS[0], markersize=4, label=s.score)
+    axes[0].plot(at, s.scores, color=COLOURS[0], marker=MARKERS[0], markersize=4, label=s.score)
     if truth is not None:
         axes[0].plot(
-            at, truth, color=_COLOURS[3], marker=_MARKERS[3], markersize=4, linestyle=':', label=said
+            at, truth, color=COLOURS[3], marker=MARKERS[3], markersize=4, linestyle=':', label=said
         )
     for ax in axes:
-        ax.axvline(chosen, color=_GREY, linestyle='--', linewidth=1)
+        ax.axvline(chosen, color=GREY, linestyle='--', linewidth=1)
         ax.set(xlabel=s.name)
     if isinstance(s.value, str):
         axes[0].set_xticks(at, s.candidates, rotation=30, ha='right', fontsize=8)
@@ -100,8 +100,8 @@ def _plot(s, truth, said):
             axes[1].plot(
                 at,
                 s.told[key],
-                color=_COLOURS[c + 1],
-                marker=_MARKERS[c + 1],
+                color=COLOURS[c + 1],
+                marker=MARKERS[c + 1],
                 markersize=4,
                 label=key.replace('n_', ''),
             )

@@ -14,16 +14,16 @@ import torch.nn.functional as F
 from .hdc import peripheral_objects
 from .memory import RULES, ClusterMemory, camera_entropy, pick_updates
 from ccc.viz import (
-    _COLOURS,
-    _GREY,
-    _MARKERS,
-    _array,
-    _figure,
-    _grid,
-    _per_point,
-    _pixels,
-    _show,
-    _spread,
+    COLOURS,
+    GREY,
+    MARKERS,
+    as_array,
+    new_figure,
+    image_grid,
+    per_point,
+    image_pixels,
+    show_image,
+    spread_positions,
 )
 
 # %% ../nbs/06a_confidence.ipynb #7e1a249d
@@ -36,7 +36,7 @@ def peripheral_limits(
     tuple
 ):  # clusters (K,) ascending; their mean (K,) and limit (K,) of discrepancy, infinite in clusters of one
     "Where peripheral detection cuts each cluster (3C, section III-B)."
-    labels, h = _array(labels), _per_point('discrepancy', discrepancy, len(labels)).astype(np.float64)
+    labels, h = as_array(labels), per_point('discrepancy', discrepancy, len(labels)).astype(np.float64)
     ids = np.unique(labels[labels >= 0])
     parts = [h[labels == j] for j in ids]
     mean = np.array([p.mean() for p in parts])
@@ -55,29 +55,29 @@ def plot_discrepancy(
 ):  # matplotlib Figure, closed
     """Discrepancy of the samples of clusters side by side, the limit of each, and what lies beyond it; at
     the right, all samples."""
-    labels, h = _array(labels), _array(discrepancy)
+    labels, h = as_array(labels), as_array(discrepancy)
     ids, mean, limit = peripheral_limits(labels, h, n_sigma, threshold)
     far = peripheral_objects(
         np.asarray(labels, np.int32), np.asarray(h, np.float32), int(labels.max()) + 1, n_sigma, threshold
     )
-    shown = np.argsort(mean, kind='stable')[_spread(len(ids), clusters)]
-    fig, (ax, total) = _figure(2, 5, 3)
+    shown = np.argsort(mean, kind='stable')[spread_positions(len(ids), clusters)]
+    fig, (ax, total) = new_figure(2, 5, 3)
     for column, k in enumerate(shown):
         own, cut = (labels == ids[k]) & ~far, (labels == ids[k]) & far
         ax.scatter(
             np.full(own.sum(), column),
             h[own],
             s=14,
-            color=_COLOURS[0],
+            color=COLOURS[0],
             linewidths=0.3,
             edgecolors='white',
             label='member' if not column else None,
         )
-        ax.scatter(np.full(cut.sum(), column), h[cut], s=18, color=_GREY, marker='x', linewidths=1.2)
+        ax.scatter(np.full(cut.sum(), column), h[cut], s=18, color=GREY, marker='x', linewidths=1.2)
         if np.isfinite(limit[k]):
-            ax.plot([column - 0.38, column + 0.38], [limit[k]] * 2, color=_COLOURS[3], linewidth=1.8)
-    ax.scatter([], [], s=18, color=_GREY, marker='x', label='peripheral')
-    ax.plot([], [], color=_COLOURS[3], label='limit' if threshold is not None else f'mean + {n_sigma:g} std')
+            ax.plot([column - 0.38, column + 0.38], [limit[k]] * 2, color=COLOURS[3], linewidth=1.8)
+    ax.scatter([], [], s=18, color=GREY, marker='x', label='peripheral')
+    ax.plot([], [], color=COLOURS[3], label='limit' if threshold is not None else f'mean + {n_sigma:g} std')
     ax.set(
         xlabel='cluster, tightest first',
         ylabel='discrepancy H',
@@ -91,7 +91,7 @@ def plot_discrepancy(
         [h[(labels >= 0) & ~far], h[far]],
         edges,
         stacked=True,
-        color=[_COLOURS[0], _GREY],
+        color=[COLOURS[0], GREY],
         label=['members', f'peripheral: {far.sum():,} of {(labels >= 0).sum():,}'],
     )
     total.set(xlabel='discrepancy H', ylabel='images')
@@ -108,10 +108,10 @@ def plot_cie(
     """For each cluster of a batch, which cameras its images come from, the entropy of that, and the weight
     it gives (CIE)."""
     clusters, bits, weights = (
-        a.numpy() for a in camera_entropy(torch.as_tensor(_array(y)), torch.as_tensor(_array(camids)))
+        a.numpy() for a in camera_entropy(torch.as_tensor(as_array(y)), torch.as_tensor(as_array(camids)))
     )
-    y, camids, order = _array(y), _array(camids), np.argsort(bits, kind='stable')
-    fig, (ax, weigh) = _figure(2, 4.6, 3)
+    y, camids, order = as_array(y), as_array(camids), np.argsort(bits, kind='stable')
+    fig, (ax, weigh) = new_figure(2, 4.6, 3)
     below = np.zeros(len(order))
     for c, camera in enumerate(np.unique(camids[y >= 0])):
         n = np.array([((y == clusters[k]) & (camids == camera)).sum() for k in order])
@@ -119,7 +119,7 @@ def plot_cie(
             range(len(order)),
             n,
             bottom=below,
-            color=_COLOURS[c % 8],
+            color=COLOURS[c % 8],
             hatch='////' if c >= 8 else None,
             edgecolor='white',
             linewidth=0.4,
@@ -131,7 +131,7 @@ def plot_cie(
         ylabel='images in the batch',
         xticks=range(len(order)) if len(order) <= 24 else [],
     )
-    weigh.bar(range(len(order)), weights[order], color=_COLOURS[1])
+    weigh.bar(range(len(order)), weights[order], color=COLOURS[1])
     weigh.plot(range(len(order)), bits[order], color='black', marker='o', markersize=4, label='entropy, bits')
     weigh.axhline(1, color='#333333', linestyle='--', linewidth=1)
     weigh.set(
@@ -163,8 +163,8 @@ def harmonic_scores(
     centroid,  # of the cluster (D,), unit norm
 ) -> tuple:  # discrepancy d, typicality s and score h, each (B,)
     "What CHD computes of each image of a cluster."
-    z, centroid = torch.as_tensor(_array(z, np.float32)), torch.as_tensor(_array(centroid, np.float32))
-    camids = _per_point('camids', camids, len(z))
+    z, centroid = torch.as_tensor(as_array(z, np.float32)), torch.as_tensor(as_array(centroid, np.float32))
+    camids = per_point('camids', camids, len(z))
     centres = {c: F.normalize(z[torch.as_tensor(camids == c)].mean(0), dim=0) for c in np.unique(camids)}
     s = torch.stack([x @ centres[c] for x, c in zip(z, camids)]) + 1
     d = (1 - z @ centroid).clamp(min=0)
@@ -175,8 +175,8 @@ def rule_choices(
     z, camids, centroid
 ) -> dict:  # rule -> rows of z that it uses, in turn; -1: a camera's centre
     "Which images of one cluster each update rule takes; arguments as of `harmonic_scores`."
-    z, camids = torch.as_tensor(_array(z, np.float32)), torch.as_tensor(_array(camids, np.int64))
-    memory, y = torch.as_tensor(_array(centroid, np.float32))[None], torch.zeros(len(z), dtype=torch.int64)
+    z, camids = torch.as_tensor(as_array(z, np.float32)), torch.as_tensor(as_array(camids, np.int64))
+    memory, y = torch.as_tensor(as_array(centroid, np.float32))[None], torch.zeros(len(z), dtype=torch.int64)
     return {rule: pick_updates(z, y, camids, memory, rule)[2].tolist() for rule in RULES}
 
 # %% ../nbs/06a_confidence.ipynb #399aaeef
@@ -184,9 +184,9 @@ def moved_centroids(
     z, camids, centroid, momentum: float = 0.1
 ) -> dict:  # rule -> centroid after the update (D,), unit norm
     "Where each update rule moves the centroid of one cluster; arguments as of `harmonic_scores`."
-    z, camids, memory = torch.as_tensor(_array(z, np.float32)), torch.as_tensor(_array(camids, np.int64)), {}
+    z, camids, memory = torch.as_tensor(as_array(z, np.float32)), torch.as_tensor(as_array(camids, np.int64)), {}
     for rule in RULES:
-        one = ClusterMemory(_array(centroid, np.float32)[None], momentum=momentum, rule=rule)
+        one = ClusterMemory(as_array(centroid, np.float32)[None], momentum=momentum, rule=rule)
         one.update(z, torch.zeros(len(z), dtype=torch.int64), camids)
         memory[rule] = one.centroids[0].numpy()
     return memory
@@ -199,8 +199,8 @@ def seen_from(
 ) -> np.ndarray:  # places (M, 2) in degrees
     """Places of embeddings around a centroid: the distance from (0, 0) is the true angle to it, the
     direction that of the two components in which `z` differs most from it."""
-    c, z = _array(centroid, np.float64), _array(z, np.float64)
-    others = z if others is None else np.atleast_2d(_array(others, np.float64))
+    c, z = as_array(centroid, np.float64), as_array(z, np.float64)
+    others = z if others is None else np.atleast_2d(as_array(others, np.float64))
     aside = lambda v: v - (v @ c)[:, None] * c
     plane = np.zeros((2, len(c)))
     directions = np.linalg.svd(aside(z), full_matrices=False)[2][:2]
@@ -225,7 +225,7 @@ def plot_chd(
 
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
-    z, centroid, camids = _array(z, np.float32), _array(centroid, np.float32), _array(camids)
+    z, centroid, camids = as_array(z, np.float32), as_array(centroid, np.float32), as_array(camids)
     choices, moved = rule_choices(z, camids, centroid), moved_centroids(z, camids, centroid)
     scores = harmonic_scores(z, camids, centroid)
     fig, axes = plt.subplot_mosaic(
@@ -253,7 +253,7 @@ def _degrees(a, b):
 def _camera_styles(camids):
     "(camera, its mask, colour, marker) of every camera."
     return [
-        (camera, camids == camera, _COLOURS[k % 8], _MARKERS[k % 11])
+        (camera, camids == camera, COLOURS[k % 8], MARKERS[k % 11])
         for k, camera in enumerate(np.unique(camids))
     ]
 
@@ -279,7 +279,7 @@ def _draw_around(ax, z, camids, centroid, choices, new, rule):
         ax.scatter(
             *centre, s=120, facecolors='white', edgecolors=colour, marker=marker, linewidths=2, zorder=2.5
         )
-    for name, colour, size, style in (('hd_camera', 'black', 210, '-'), ('cm_hard', _COLOURS[3], 330, ':')):
+    for name, colour, size, style in (('hd_camera', 'black', 210, '-'), ('cm_hard', COLOURS[3], 330, ':')):
         ax.scatter(
             *at[choices[name][0]],
             s=size,
@@ -377,7 +377,7 @@ def _rule_table(ax, choices, h, images, moves, marked, most=6):
             weight='bold' if rule == marked else None,
         )
         for k, i in enumerate(taken[:most] if images is not None and taken != [-1] else ()):
-            ax.inset_axes([0.5 + 0.085 * k, (row + 0.03) / n, 0.08, 0.94 / n]).imshow(_pixels(images, i))
+            ax.inset_axes([0.5 + 0.085 * k, (row + 0.03) / n, 0.08, 0.94 / n]).imshow(image_pixels(images, i))
     for child in ax.child_axes:
         child.axis('off')
 
@@ -396,7 +396,7 @@ def _draw_plane(ax, scores, camids, choices):
         ax.scatter(
             d[mine], s[mine], s=30, color=colour, marker=marker, edgecolors='white', linewidths=0.4, zorder=3
         )
-    for name, colour, size, style in (('hd_camera', 'black', 130, '-'), ('cm_hard', _COLOURS[3], 220, ':')):
+    for name, colour, size, style in (('hd_camera', 'black', 130, '-'), ('cm_hard', COLOURS[3], 220, ':')):
         ax.scatter(
             d[choices[name][0]],
             s[choices[name][0]],
@@ -441,8 +441,8 @@ def show_similarity(
 ):
     "Pairs of images with the regions of each that resemble the other laid over them, one scale for all."
     low, high = np.percentile(np.concatenate([m.ravel() for pair in maps for m in pair[:2]]), [5, 98])
-    first = _pixels(pairs[0], 0)
-    fig, axes = _grid(len(pairs), 4, first.shape[0] / first.shape[1])
+    first = image_pixels(pairs[0], 0)
+    fig, axes = image_grid(len(pairs), 4, first.shape[0] / first.shape[1])
     for row, (line, pair, (left, right, cosine)) in enumerate(zip(axes, pairs, maps)):
         line[0].set_ylabel(
             f'{names[row] if names else ""}\ncosine {cosine:.2f}',
@@ -452,8 +452,8 @@ def show_similarity(
             fontsize=8,
         )
         for ax, k, over in zip(line, (0, 0, 1, 1), (None, left, None, right)):
-            image = _pixels(pair, k)
-            _show(ax, image)
+            image = image_pixels(pair, k)
+            show_image(ax, image)
             if over is not None:
                 ax.imshow(image.mean(2), cmap='gray')
                 ax.imshow(

@@ -15,17 +15,16 @@ import numpy as np
 
 from .labels import camera_bias, churn, diagnose
 from ccc.viz import (
-    _COLOURS,
-    _GREY,
-    _MARKERS,
-    _PALE,
-    _array,
-    _coloured,
-    _count,
-    _figure,
-    _per_point,
-    _read_metrics,
-    _spread,
+    COLOURS,
+    GREY,
+    MARKERS,
+    PALE,
+    as_array,
+    largest_groups,
+    quantity,
+    new_figure,
+    per_point,
+    spread_positions,
     cluster_colors,
     follow_clusters,
 )
@@ -57,7 +56,7 @@ class History:
 # %% ../nbs/05a_evolution.ipynb #8a434a39
 def _known(values, n, name):
     "`values` (N,) if any of them is known (not negative), else None."
-    values = _per_point(name, values, n)
+    values = per_point(name, values, n)
     return values if values is not None and (values >= 0).any() else None
 
 
@@ -80,7 +79,7 @@ def read_history(
 ) -> History:
     """What the label files and metrics of a run tell. FileNotFoundError for a folder without label files,
     ValueError for another split than the run's."""
-    from ccc.runs import read_arrays
+    from ccc.runs import read_arrays, read_metrics
 
     names = sorted(Path(run).glob('labels/epoch_*.npz'))
     if not names:
@@ -96,7 +95,7 @@ def read_history(
         np.array([int(f.stem.split('_')[1]) for f in names]),
         np.stack(follow_clusters([f['labels'] for f in files])),
         np.stack([f['confidence'] for f in files]),
-        _read_metrics(run),
+        read_metrics(run),
         index,
         maps,
         _known(camids, n, 'camids'),
@@ -123,7 +122,7 @@ def label_flow(
     share: float = 0.25,  # of a cluster's members that make a part of it
 ) -> dict:  # images: stay, change, fall_out, come_back, out; clusters: born, died, split, merged (arrays of numbers); churn in [0, 1]
     "What became of images and clusters from one epoch to the next."
-    before, after = _array(before), _array(after)
+    before, after = as_array(before), as_array(after)
     shared, a, b = _overlap(before, after)
     sizes_a, sizes_b = (np.array([(l == j).sum() for j in ids]) for l, ids in ((before, a), (after, b)))
     was, is_ = before >= 0, after >= 0
@@ -147,7 +146,7 @@ def _flow_groups(history, shown, most=8):
     """Rows of the flow picture: number of a cluster that is among the largest of the last epoch shown, -2
     for all others, -1 for outliers."""
     last = history.labels[shown[-1]]
-    ids = _coloured(last, most, most)
+    ids = largest_groups(last, most, most)
     return ids, [np.where(l < 0, -1, np.where(np.isin(l, ids), l, -2)) for l in history.labels[shown]]
 
 
@@ -189,11 +188,11 @@ def plot_flow(
     "Where the images of a few clusters came from, and how many images and clusters moved in each epoch."
     if len(history.epochs) < 2:
         raise ValueError(f'label flow needs at least two epochs, got {len(history.epochs)}')
-    shown = _spread(len(history.epochs), max_epochs)
+    shown = spread_positions(len(history.epochs), max_epochs)
     ids, groups = _flow_groups(history, shown, n_clusters)
     order = [*ids, -1, -2]  # the others on top, where they can be cut off
-    colours = {-1: _GREY, -2: _PALE} | {g: _COLOURS[c % 8] for c, g in enumerate(ids)}
-    fig, (ax, counts) = _figure(2, 5.2, 4)
+    colours = {-1: GREY, -2: PALE} | {g: COLOURS[c % 8] for c, g in enumerate(ids)}
+    fig, (ax, counts) = new_figure(2, 5.2, 4)
     for k, column in enumerate(groups):
         for g, (low, high) in _stacks(column, order).items():
             ax.bar(
@@ -231,8 +230,8 @@ def _draw_moves(ax, history):
         ax.plot(
             history.epochs[1:] + 1,
             [f[key] / history.labels.shape[1] for f in flows],
-            color=_COLOURS[c],
-            marker=_MARKERS[c],
+            color=COLOURS[c],
+            marker=MARKERS[c],
             markersize=4,
             label=f'images: {name}',
         )
@@ -241,8 +240,8 @@ def _draw_moves(ax, history):
         ax.plot(
             history.epochs[1:] + 1,
             [len(f[key]) / k for f, k in zip(flows, alive)],
-            color=_COLOURS[c],
-            marker=_MARKERS[c],
+            color=COLOURS[c],
+            marker=MARKERS[c],
             markersize=4,
             linestyle=':',
             label=f'clusters: {key}',
@@ -295,7 +294,7 @@ def graph_silhouette(
     "Silhouette of every sample on a sparse graph, exact; ValueError with fewer than two clusters."
     from scipy.sparse import csr_array
 
-    labels = _per_point('labels', labels, graph.shape[0])
+    labels = per_point('labels', labels, graph.shape[0])
     ids, j = np.unique(labels[labels >= 0], return_inverse=True)
     if len(ids) < 2:
         raise ValueError(f'a silhouette needs at least two clusters, got {len(ids)}')
@@ -329,8 +328,8 @@ def _curves(ax, history, values, names):
         ax.plot(
             history.epochs + 1,
             values[name],
-            color=_COLOURS[c],
-            marker=_MARKERS[c],
+            color=COLOURS[c],
+            marker=MARKERS[c],
             markersize=4,
             label=_NAMES[name],
         )
@@ -350,16 +349,16 @@ def _draw_sizes(ax, history):
         history.epochs + 1,
         low,
         high,
-        color=_COLOURS[0],
+        color=COLOURS[0],
         alpha=0.25,
         linewidth=0,
         label='10th to 90th percentile',
     )
-    ax.plot(history.epochs + 1, mid, color=_COLOURS[0], marker='o', markersize=4, label='median')
+    ax.plot(history.epochs + 1, mid, color=COLOURS[0], marker='o', markersize=4, label='median')
     ax.plot(
         history.epochs + 1,
         [s.max(initial=0) for s in sizes],
-        color=_COLOURS[3],
+        color=COLOURS[3],
         marker='D',
         markersize=4,
         linestyle=':',
@@ -373,13 +372,13 @@ def _draw_sizes(ax, history):
 def _draw_confidence(ax, history, bins=40, most=6):
     "Histograms of the members' confidence, an epoch above the other."
     shown, edges = (
-        _spread(len(history.epochs), most),
+        spread_positions(len(history.epochs), most),
         np.linspace(*np.percentile(history.confidence, [0.5, 99.5]), bins + 1),
     )
     for row, e in enumerate(shown):
         for part, colour, hatch in [
-            (history.labels[e] >= 0, _COLOURS[0], None),
-            (history.labels[e] < 0, _GREY, '////'),
+            (history.labels[e] >= 0, COLOURS[0], None),
+            (history.labels[e] < 0, GREY, '////'),
         ]:
             n = np.histogram(history.confidence[e][part], edges)[0]
             ax.fill_between(
@@ -405,7 +404,7 @@ def plot_signs(history: History):  # -> matplotlib Figure, closed
     """Agreement with people and cameras where known, stability, confidence, cluster sizes and outliers
     over the epochs."""
     values = label_signs(history)
-    fig, axes = _figure(4, 4.4, 2.9)
+    fig, axes = new_figure(4, 4.4, 2.9)
     _curves(axes[0], history, values, ['ami', 'ari', 'purity', 'camera_ami', 'stability'])
     axes[0].set_title(
         (
@@ -420,7 +419,7 @@ def plot_signs(history: History):  # -> matplotlib Figure, closed
         fontsize=10,
     )
     out = values['n_outliers'] / history.labels.shape[1]
-    axes[1].bar(history.epochs + 1, out, color=_GREY, hatch='////', edgecolor='white')
+    axes[1].bar(history.epochs + 1, out, color=GREY, hatch='////', edgecolor='white')
     axes[1].set(xlabel='epoch', ylabel='share of outliers', ylim=(0, max(0.05, 1.1 * out.max())))
     axes[1].set_title(
         f'{values["n_clusters"][0]:.0f} clusters at first, {values["n_clusters"][-1]:.0f} at last',
@@ -438,7 +437,7 @@ def plot_camera_matrix(
 ):  # matplotlib Figure, closed
     """Share of each camera in each cluster, clusters of few cameras first, and beside it what cameras have
     in the whole data set."""
-    labels, camids = _array(labels), _per_point('camids', camids, len(labels))
+    labels, camids = as_array(labels), per_point('camids', camids, len(labels))
     keep = (labels >= 0) & (camids >= 0)
     if not keep.any():
         raise ValueError('plot_camera_matrix needs images that are in a cluster and have a camera, got none')
@@ -451,12 +450,12 @@ def plot_camera_matrix(
     share /= share.sum(1, keepdims=True)
     bits = -(share * np.log2(np.where(share > 0, share, 1))).sum(1)
     order = np.argsort(bits, kind='stable')
-    fig, (ax, overall) = _figure(2, 3.2, 3.6)
+    fig, (ax, overall) = new_figure(2, 3.2, 3.6)
     shown = ax.imshow(share[order], aspect='auto', cmap='Blues', vmin=0, vmax=1, interpolation='nearest')
     ax.set(
         xlabel='camera',
         xticks=range(len(cameras)),
-        ylabel=f'{_count(len(ids), "cluster")}, least entropy first',
+        ylabel=f'{quantity(len(ids), "cluster")}, least entropy first',
         yticks=range(len(ids)) if len(ids) <= 24 else [],
     )
     ax.set_xticklabels(cameras, fontsize=8 if len(cameras) < 12 else 6)
@@ -464,7 +463,7 @@ def plot_camera_matrix(
         ax.set_yticklabels(ids[order], fontsize=8)
     fig.colorbar(shown, ax=ax, label='share of the cluster')
     everywhere = np.bincount(c) / len(c)
-    overall.barh(np.arange(len(cameras)), everywhere, color=_COLOURS[0])
+    overall.barh(np.arange(len(cameras)), everywhere, color=COLOURS[0])
     overall.set(
         ylabel='camera',
         xlabel='share of all images in clusters',
@@ -493,7 +492,7 @@ def _film_maps(history):
     maps = [('clusters', [_paint(l, colors) for l in labels])]
     if history.camids is not None:
         maps.append(
-            ('cameras', [_paint(history.camids[at], np.array([mpl.colors.to_rgb(c) for c in _COLOURS]))] * n)
+            ('cameras', [_paint(history.camids[at], np.array([mpl.colors.to_rgb(c) for c in COLOURS]))] * n)
         )
     if history.pids is not None:
         people, who = np.unique(history.pids[at], return_inverse=True)
@@ -507,7 +506,7 @@ def _paint(groups, colors):
     from matplotlib.colors import to_rgb
 
     return np.where(
-        (groups < 0)[:, None], to_rgb(_PALE), colors[groups % len(colors)] if len(colors) else to_rgb(_PALE)
+        (groups < 0)[:, None], to_rgb(PALE), colors[groups % len(colors)] if len(colors) else to_rgb(PALE)
     )
 
 
@@ -570,7 +569,7 @@ class _Film:
         rough = dict(antialiased=False)  # smooth edges would double the bytes
         return (
             ax,
-            ax.scatter([], [], s=size, marker='x', c=_GREY, linewidths=0.6, **rough),
+            ax.scatter([], [], s=size, marker='x', c=GREY, linewidths=0.6, **rough),
             ax.scatter([], [], s=1.2 * size, linewidths=0, **rough),
         )
 
@@ -586,8 +585,8 @@ class _Film:
             ax.plot(
                 self.history.epochs[known] + 1,
                 self.signs[name][known],
-                color=_COLOURS[c],
-                marker=_MARKERS[c],
+                color=COLOURS[c],
+                marker=MARKERS[c],
                 markersize=2.5,
                 linewidth=1,
                 label=_NAMES[name],

@@ -161,7 +161,7 @@ def _look_at_gallery(trainer, n=3):
     from ccc.confidence import show_similarity, similarity_maps
     from ccc.data import normalize
     from ccc.training import can_rank
-    from ccc.viz import _ranked, hardest_errors, show_ranking
+    from ccc.viz import rank_gallery, hardest_errors, show_ranking
 
     if not can_rank(trainer.dataset):
         return {}
@@ -185,7 +185,7 @@ def _look_at_gallery(trainer, n=3):
         'Hardest errors' + (f' among {len(look):,} queries drawn at random' if len(look) < len(query) else '')
     ] = show_ranking(query, gallery, distmat[worst], look[worst], same_camera=True)
     i, w = look[worst[0]], worst[0]
-    order, _ = _ranked(distmat[w], i, query.pids, gallery.pids, query.camids, gallery.camids)
+    order, _ = rank_gallery(distmat[w], i, query.pids, gallery.pids, query.camids, gallery.camids)
     found = [
         ('found, wrong', order[gallery.pids[order] != query.pids[i]][0]),
         ('the right one', order[gallery.pids[order] == query.pids[i]][0]),

@@ -12,25 +12,26 @@ import io
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 
 from .evolution import History, read_history
 from ccc.viz import (
-    _COLOURS,
-    _GREY,
-    _MARKERS,
-    _PALE,
-    _count,
-    _figure,
-    _panel_confidence,
-    _per_point,
-    _pixels,
-    _places,
-    _representatives,
-    _spread,
-    _style,
-    _bare,
+    COLOURS,
+    GREY,
+    MARKERS,
+    PALE,
+    quantity,
+    new_figure,
+    draw_confidence,
+    per_point,
+    image_pixels,
+    crop_places,
+    representatives,
+    spread_positions,
+    group_style,
+    hide_axes,
 )
 from .viz import cluster_colors, cluster_markers, draw_clusters, plot_umap, sample_points
 
@@ -86,6 +87,9 @@ def _panel(children, picture, **layout):
                 'text/plain': 'an interactive panel: run this cell in JupyterLab',
             }
 
+        def __repr__(self):  # ipywidgets' own writes out every array of every child
+            return 'an interactive panel'
+
     return Panel(children, **layout)
 
 # %% ../nbs/05b_widgets.ipynb #6979b99a
@@ -135,7 +139,7 @@ def _crop(images, i, height=96):
     from PIL import Image
 
     out = io.BytesIO()
-    Image.fromarray(_pixels(images, i, height)).save(out, 'JPEG', quality=85)
+    Image.fromarray(image_pixels(images, i, height)).save(out, 'JPEG', quality=85)
     return (
         f'<img src="data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}"'
         f' style="height:{height}px;margin:1px">'
@@ -202,7 +206,7 @@ def _cluster_page(history, j, e, most=40):
     "The images of cluster `j` in epoch number `e`, surest first; for outliers the most surely wrong last."
     at = np.flatnonzero(history.labels[e] == j) if j >= 0 else np.flatnonzero(history.labels[e] < 0)
     at = at[np.argsort(-history.confidence[e, at], kind='stable')]
-    shown = at[_spread(len(at), most)] if len(at) else at
+    shown = at[spread_positions(len(at), most)] if len(at) else at
 
     def one(i):
         notes = [f'{history.confidence[e, i]:.2f}'] + (
@@ -216,7 +220,7 @@ def _cluster_page(history, j, e, most=40):
     note = '' if len(shown) == len(at) else f', {len(shown)} of them shown, evenly from sure to unsure'
     return (
         f'<div class="ccc-cluster"><b>{"outliers" if j < 0 else _name(j)} in epoch'
-        f' {history.epochs[e] + 1}</b>: {_count(len(at), "image")}{note}; confidence and camera'
+        f' {history.epochs[e] + 1}</b>: {quantity(len(at), "image")}{note}; confidence and camera'
         f' underneath<br>{"".join(map(one, shown))}</div>'
     )
 
@@ -237,48 +241,46 @@ def _discrete(shades):
     """A plotly colour scale with the grey of outliers at 0, the pale colour of what is unknown at 1 and
     `shades` (n, 3) at 2..n + 1."""
     colours = [
-        _GREY,
-        _PALE,
+        GREY,
+        PALE,
         *('#%02x%02x%02x' % tuple((255 * s).round().astype(int)) for s in np.asarray(shades)),
     ]
     return [[(k + side) / len(colours), c] for k, c in enumerate(colours) for side in (0, 1)]
 
 
-_MOST_SHAPES = 3000  # of more points, all members are round
+_MOST_SHAPES = 3000  # of more points, all members are round: plotly takes seconds to check the shapes
 # plotly's numbers for the shapes of ccc.viz, in their order; 4, the cross, is kept for outliers
 _SYMBOLS = [0, 1, 5, 2, 6, 3, 14, 7, 13, 8, 17]
 
 # %% ../nbs/05b_widgets.ipynb #9ba124bc
-def _groups(history, kind, index):
-    """Group of every point by epoch (E or 1, M); by group: its place among the shades and its symbol; the
-    shades (n, 3). Colours of clusters are fixed by the last epoch."""
+class _Colouring(NamedTuple):
+    "The groups of one colouring, and how each is drawn."
+
+    groups: np.ndarray  # of every point, by epoch (E or 1, M); -1 = none
+    colors: np.ndarray  # (K, 3)
+    markers: list  # K shapes
+
+    def of(self, e):  # groups of one epoch
+        return self.groups[min(e, len(self.groups) - 1)]
+
+
+def _colouring(history, kind, index):
+    "`_Colouring` of the points `index`; colours of clusters are fixed by the last epoch."
     from matplotlib.colors import to_rgb
 
     if kind == 'cluster':
-        groups = history.labels[:, index]
-        colours, shapes = cluster_colors(groups, history.maps), cluster_markers(groups, history.maps)
+        groups, maps = history.labels[:, index], history.maps
     else:
         known = {'camera': history.camids, 'person': history.pids}[kind][index]
         ids, place = np.unique(known, return_inverse=True)
-        groups = np.where(known < 0, -1, place - (ids < 0).sum())[None]
-        if kind == 'camera':
-            colours, shapes = (
-                np.array([to_rgb(_style(j)[0]) for j in range(len(ids))]),
-                [_style(j)[1] for j in range(len(ids))],
-            )
-        else:
-            colours, shapes = (
-                cluster_colors(groups[0], history.maps[-1]),
-                cluster_markers(groups[0], history.maps[-1]),
-            )
-    shades, place = np.unique(np.reshape(colours, (-1, 3)), axis=0, return_inverse=True)
-    # the last entry is for -1
-    return (
-        groups,
-        np.r_[place.ravel(), 0],
-        np.array([_SYMBOLS[_MARKERS.index(s)] for s in shapes] + [0]),
-        shades,
-    )
+        groups, maps = np.where(known < 0, -1, place - (ids < 0).sum())[None], history.maps[-1:]
+    if kind == 'camera':
+        styles = [group_style(j) for j in range(int(groups.max(initial=-1)) + 1)]
+        return _Colouring(groups, np.array([to_rgb(c) for c, _ in styles]).reshape(-1, 3), [m for _, m in styles])
+    colours = cluster_colors(groups, maps)
+    if len(index) > _MOST_SHAPES:
+        return _Colouring(groups, colours, ['o'] * len(colours))
+    return _Colouring(groups, colours, cluster_markers(groups, maps))
 
 
 def _look(history, kind, e, index, memo=None):
@@ -292,7 +294,7 @@ def _look(history, kind, e, index, memo=None):
             low, high = 0, 1
         return dict(
             color=history.confidence[e, index],
-            symbol=np.where(out, 4, 0),
+            symbol=np.where(out, 4, 0).astype(np.uint8),
             colorscale='Viridis',
             cmin=float(low),
             cmax=float(high),
@@ -300,18 +302,17 @@ def _look(history, kind, e, index, memo=None):
         )
     memo = {} if memo is None else memo  # colours of many clusters take a tenth of a second: once a view
     if kind not in memo:
-        memo[kind] = _groups(history, kind, index)
-    groups, place, symbols, shades = memo[kind]
-    mine = groups[min(e, len(groups) - 1)]
-    colour = np.where(out, 0, np.where(mine >= 0, place[mine] + 2, 1))
-    # plotly searches a list of 500 names for every symbol: seconds for 13,000 points
-    shape = symbols[mine] if len(index) <= _MOST_SHAPES else 0
+        memo[kind] = _colouring(history, kind, index)
+    looks = memo[kind]
+    mine = looks.of(e)
+    # the last entry is for -1
+    symbols = np.array([_SYMBOLS[MARKERS.index(m)] for m in looks.markers] + [0], np.uint8)
     return dict(
-        color=colour.astype(np.float32),
-        symbol=np.where(out, 4, shape),
-        colorscale=_discrete(shades),
+        color=np.where(out, 0, np.where(mine >= 0, mine + 2, 1)).astype(np.float32),
+        symbol=np.where(out, np.uint8(4), symbols[mine]),
+        colorscale=_discrete(looks.colors),
         cmin=-0.5,
-        cmax=len(shades) + 1.5,
+        cmax=len(looks.colors) + 1.5,
         showscale=False,
     )
 
@@ -342,18 +343,18 @@ def _figure_widget(history, looks, e, index, size, memo):
     fig = make_subplots(1, 2, subplot_titles=looks, horizontal_spacing=0.03)
     at = history.maps[e]
     for c, kind in enumerate(looks, 1):
-        fig.add_trace(
-            go.Scattergl(
-                x=at[:, 0],
-                y=at[:, 1],
-                mode='markers',
-                marker=_marker(history, kind, e, index, size, memo),
-                hoverinfo='none',
-                showlegend=False,
-            ),
-            row=1,
-            col=c,
+        marker = _marker(history, kind, e, index, size, memo)
+        # unchecked: plotly would look at every symbol of every point, twice
+        cloud = go.Scattergl(
+            x=at[:, 0],
+            y=at[:, 1],
+            mode='markers',
+            marker=marker,
+            hoverinfo='none',
+            showlegend=False,
+            _validate=False,
         )
+        fig.add_trace(cloud, row=1, col=c)
     fig.update_xaxes(showticklabels=False, zeroline=False, showgrid=False, matches='x')
     fig.update_yaxes(showticklabels=False, zeroline=False, showgrid=False, matches='y', scaleanchor='x')
     fig.update_layout(
@@ -416,13 +417,13 @@ def _atlas_images(history, e, index, figure, canvas=(410, 380), height=44, most=
     # pixels for one unit of the map
     scale = min(canvas[0] / max(right - left, 1e-9), canvas[1] / max(top - bottom, 1e-9))
     seen = (at[:, 0] >= left) & (at[:, 0] <= right) & (at[:, 1] >= bottom) & (at[:, 1] <= top)
-    chosen = _representatives(np.where(seen, labels, -1), at, history.confidence[e, index])[:most]
+    chosen = representatives(np.where(seen, labels, -1), at, history.confidence[e, index])[:most]
     if not len(chosen):
         return []
     pixels = (at - [left, bottom]) * scale
-    shape = _pixels(history.split, index[chosen[0]]).shape
+    shape = image_pixels(history.split, index[chosen[0]]).shape
     size = np.array([max(8, round(height * shape[1] / shape[0])), height])
-    places = _places(pixels[chosen], pixels[seen].clip(0, np.array(canvas) - 5), canvas, size)
+    places = crop_places(pixels[chosen], pixels[seen].clip(0, np.array(canvas) - 5), canvas, size)
     return [
         dict(
             source=_crop(history.split, index[i], 96).split('"')[1],
@@ -590,6 +591,8 @@ class Explorer:
     def picture(self):
         "A still picture of the same epoch: the bytes of a PNG."
         h, e = self.history, self.epoch
+        if 'cluster' not in self.memo:
+            self.memo['cluster'] = _colouring(h, 'cluster', self.index)
         return _png(
             plot_umap(
                 xy=h.maps[e],
@@ -597,6 +600,8 @@ class Explorer:
                 confidence=h.confidence[e, self.index],
                 max_points=1000,
                 title=f'epoch {h.epochs[e] + 1}',
+                colors=self.memo['cluster'].colors,
+                markers=self.memo['cluster'].markers,
             )
         )
 
@@ -604,7 +609,7 @@ class Explorer:
 def _headline(history, e):
     "One line above the maps: counts, agreement, and whether this is a sample."
     labels, n = history.labels[e], history.labels.shape[1]
-    signs = [f'{len(np.unique(labels[labels >= 0]))} clusters', _count(int((labels < 0).sum()), 'outlier')]
+    signs = [f'{len(np.unique(labels[labels >= 0]))} clusters', quantity(int((labels < 0).sum()), 'outlier')]
     row = next((r for r in history.rows if r.get('epoch') == history.epochs[e]), {})
     signs += [
         f'NMI with {name} {row[key]:.2f}'
@@ -641,8 +646,8 @@ def explore_map(
     blur_faces: bool = False,  # blur the upper quarter of every crop
 ):
     "`explore` for one map."
-    labels = _per_point('labels', labels, len(xy))
-    confidence = np.ones(len(xy)) if confidence is None else _per_point('confidence', confidence, len(xy))
+    labels = per_point('labels', labels, len(xy))
+    confidence = np.ones(len(xy)) if confidence is None else per_point('confidence', confidence, len(xy))
     known = lambda v: None if v is None or not (np.asarray(v) >= 0).any() else np.asarray(v)
     return explore(
         History(
@@ -694,7 +699,7 @@ def evolution_figure(
             for kind in (left, right)
         ]
 
-    shown = _spread(len(history.epochs), max_epochs)
+    shown = spread_positions(len(history.epochs), max_epochs)
     fig = make_subplots(1, 2, subplot_titles=(left, right), horizontal_spacing=0.03)
     for column, cloud in enumerate(clouds(shown[-1]), 1):
         fig.add_trace(cloud, row=1, col=column)
@@ -741,7 +746,7 @@ def _draw_seconds(ax, rows):
     stages, below = list(dict.fromkeys(k for r in rows for k in r.get('seconds', {}))), np.zeros(len(rows))
     for c, stage in enumerate(stages):
         spent = np.array([r.get('seconds', {}).get(stage, 0) for r in rows])
-        ax.bar([r['epoch'] + 1 for r in rows], spent, bottom=below, color=_COLOURS[c % 8], label=stage)
+        ax.bar([r['epoch'] + 1 for r in rows], spent, bottom=below, color=COLOURS[c % 8], label=stage)
         below += spent
     ax.set(
         xlabel='epoch',
@@ -760,8 +765,8 @@ def _draw_rows(ax, rows, names):
         if at:
             ax.plot(
                 *zip(*at),
-                color=_COLOURS[c % 8],
-                marker=_MARKERS[c],
+                color=COLOURS[c % 8],
+                marker=MARKERS[c],
                 markersize=4,
                 label=name.replace('_', ' '),
             )
@@ -777,17 +782,17 @@ def plot_progress(
     """A run so far: agreement and score, the current map by cluster and by confidence, and the seconds of
     each stage."""
     history = read_history(run, split)
-    fig, axes = _figure(4, 4.6, 3.4)
+    fig, axes = new_figure(4, 4.6, 3.4)
     _draw_rows(axes[0], history.rows, ['nmi', 'camera_nmi', 'mAP', 'rank1', 'churn', 'silhouette'])
     axes[0].set_ylim(min(0, axes[0].get_ylim()[0]), 1.05)
     _draw_seconds(axes[1], history.rows)
     e, labels = len(history.epochs) - 1, history.labels[-1]
     if history.maps is not None:
         draw_clusters(axes[2], history.maps[e], labels[history.index], _headline_short(history))
-        _panel_confidence(
+        draw_confidence(
             axes[3], history.maps[e], labels[history.index], history.confidence[e, history.index]
         )
-        _bare(axes[3])
+        hide_axes(axes[3])
     fig.suptitle(
         f'epoch {history.epochs[-1] + 1}'
         + (f', loss {history.rows[-1]["loss"]:.2f}' if history.rows and 'loss' in history.rows[-1] else '')
@@ -798,7 +803,7 @@ def plot_progress(
 def _headline_short(history):
     "'12 clusters, 24 outliers', and the size of a sample."
     labels, m = history.labels[-1], len(history.index)
-    return f'{len(np.unique(labels[labels >= 0]))} clusters, {_count(int((labels < 0).sum()), "outlier")}' + (
+    return f'{len(np.unique(labels[labels >= 0]))} clusters, {quantity(int((labels < 0).sum()), "outlier")}' + (
         '' if m == len(labels) else f'; {m:,} of {len(labels):,} images'
     )
 

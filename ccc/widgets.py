@@ -11,6 +11,8 @@ import html
 import io
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -368,19 +370,49 @@ def _figure_widget(history, looks, e, index, size, memo):
     )
     return _opened_complete(fig, scrollZoom=True)
 
+# %% ../nbs/05b_widgets.ipynb #4e963421
+# a widget's JavaScript: plotly's own, which comes with every figure, is run for the first one of a page alone
+_LOADER = """export default () => {
+  let widget
+  return {
+    async initialize(context) {
+      const name = 'ccc plotly ' + context.model.get('_plotly_version')
+      const code = new Blob([context.model.get('_plotly')], {type: 'text/javascript'})
+      globalThis[name] ??= import(URL.createObjectURL(code))
+      widget = (await globalThis[name]).default()
+      await widget.initialize(context)
+    },
+    render: context => widget.render(context),
+  }
+}"""
 
-def _opened_complete(fig, **config):
-    """A figure as a widget that tells the page of itself when it is complete. plotly's own tells of an
-    empty figure and sends the points after it, which a page that takes over two seconds to load plotly
-    never gets (anywidget 0.11)."""
+
+@cache
+def _figure_class():
+    """plotly's widget with two changes. Its JavaScript is run once a page. And it tells the page of itself
+    when it is complete: plotly's own tells of an empty figure and sends the points after it, which a page
+    that takes over two seconds to load plotly never gets (anywidget 0.11)."""
+    import plotly
+    import traitlets
+
     _, go = _widgets()
+    script = Path(plotly.__file__).parent / 'package_data' / 'widgetbundle.js'
 
     class Figure(go.FigureWidget):
+        _esm = _LOADER
+        _plotly = traitlets.Unicode(script.read_text(encoding='utf-8')).tag(sync=True)
+        _plotly_version = traitlets.Unicode(plotly.__version__).tag(sync=True)
+
         def open(self, complete=False):
             if complete:
                 super().open()
 
-    widget = Figure(fig)
+    return Figure
+
+
+def _opened_complete(fig, **config):
+    "A plotly figure as a widget."
+    widget = _figure_class()(fig)
     widget._config = widget._config | config
     widget.open(complete=True)
     return widget

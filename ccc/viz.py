@@ -6,9 +6,9 @@
 __all__ = ['COLOURS', 'MARKERS', 'GREY', 'PALE', 'RIGHT', 'WRONG', 'as_array', 'per_point', 'umap_map', 'sample_points',
            'group_style', 'largest_groups', 'cluster_colors', 'cluster_markers', 'hide_axes', 'draw_clusters',
            'quantity', 'draw_confidence', 'new_figure', 'plot_umap', 'plot_confidence', 'plot_camera_entropy',
-           'follow_clusters', 'spread_positions', 'plot_evolution', 'image_pixels', 'show_image', 'image_grid',
-           'show_clusters', 'representatives', 'crop_places', 'plot_atlas', 'run_atlas', 'rank_gallery', 'show_ranking',
-           'hardest_errors']
+           'follow_clusters', 'spread_positions', 'plot_evolution', 'blurred', 'image_pixels', 'show_image',
+           'image_grid', 'show_clusters', 'representatives', 'crop_places', 'plot_atlas', 'run_atlas', 'rank_gallery',
+           'show_ranking', 'hardest_errors']
 
 # %% ../nbs/00_viz.ipynb #3af5b9c9
 import textwrap
@@ -437,10 +437,15 @@ def _number_groups(ax, xy, groups, ids, names):
 
 # %% ../nbs/00_viz.ipynb #195e3649
 def hide_axes(ax):  # matplotlib axes with a map
-    "No ticks, for the axes of a map have no meaning; one unit is as long across as upwards."
-    ax.set(xticks=[], yticks=[])
-    ax.margins(0.04)
-    ax.set_aspect('equal', 'datalim')
+    "No ticks, for the axes of a map have no meaning; a frame around what is drawn, one unit for both."
+    low, high = np.reshape(ax.dataLim.get_points(), (2, 2))
+    if not np.isfinite([low, high]).all():
+        low, high = np.zeros(2), np.ones(2)
+    width, height = np.maximum(high - low, 1e-9)
+    half = 0.53 * np.array([max(width, height), max(height, 0.6 * width)])  # no higher than wide, no strip
+    (left, bottom), (right, top) = (low + high) / 2 - half, (low + high) / 2 + half
+    ax.set(xticks=[], yticks=[], xlim=(left, right), ylim=(bottom, top))
+    ax.set_aspect('equal', 'box')
 
 # %% ../nbs/00_viz.ipynb #4d06b2c7
 def _set_title(ax, text, size=10):
@@ -448,8 +453,8 @@ def _set_title(ax, text, size=10):
     spec = ax.get_subplotspec()
     share = 1 / spec.get_gridspec().ncols if spec else ax.get_position().width
     width = 72 * share * ax.figure.bbox.width / ax.figure.dpi  # points
-    # half its size is the mean width of a letter
-    lines = [textwrap.fill(line, max(16, int(width / (0.5 * size)))) for line in text.split('\n')]
+    # 0.54 of its size is the mean width of a letter
+    lines = [textwrap.fill(line, max(16, int(width / (0.54 * size)))) for line in text.split('\n')]
     ax.set_title('\n'.join(lines), fontsize=size)
 
 # %% ../nbs/00_viz.ipynb #8c87f8f6
@@ -532,6 +537,8 @@ def _panel_cameras(ax, xy, camids):
     unit = (xy - xy.min(0)) / max(np.ptp(xy, axis=0).max(), 1e-9)
     step = unit.max(0) + [0.06, 0.17]
     columns = _columns(len(cameras), step, unit.max(0))
+    # rows so far apart that the panel has the shape of the others
+    step[1] = max(step[1], columns * step[0] * unit[:, 1].max() / unit[:, 0].max() / -(-len(cameras) // columns))
     size = 0.7 * _dot_size(len(xy)) / columns**0.5
     for k, camera in enumerate(cameras):
         at = unit + step * [k % columns, -(k // columns)]
@@ -545,6 +552,7 @@ def _panel_cameras(ax, xy, camids):
             ha='center',
             va='bottom',
         )
+    ax.update_datalim([(0, unit[:, 1].max() + 0.13)])  # letters need room, too
     _set_title(ax, f'{quantity(len(cameras), "camera")}, shares of images{_bias_note(xy, camids)}')
 
 
@@ -683,9 +691,9 @@ def plot_umap(
     keep = sample_points(len(points), max_points, random_state)
     at = umap_map(points[keep], n_neighbors, random_state=random_state) if xy is None else points[keep]
     draw = _panels(keep, **given, colors=colors, markers=markers)
-    wide, high = np.maximum(np.ptp(at, axis=0), 1e-9)
+    width, height = np.maximum(np.ptp(at, axis=0), 1e-9)
     # a panel has the shape of the cloud, so that the cloud fills it
-    fig, axes = new_figure(len(draw), 4.2, 4.2 * np.clip(high / wide, 0.6, 1.2) + 0.3)
+    fig, axes = new_figure(len(draw), 4, 4 * np.clip(height / width, 0.6, 1) + 0.3)
     for ax, panel in zip(axes, draw):
         panel(ax, at)
         hide_axes(ax)
@@ -843,7 +851,6 @@ def plot_evolution(
     plt.close(fig)
     maps, curves = fig.subfigures(2, 1, height_ratios=[n_rows, 1])
     axes = maps.subplots(n_rows, len(shown), squeeze=False)
-    _same_frame(axes, [epochs[e]['map'] for e in shown])
     low, high = np.percentile(np.concatenate([e['confidence'] for e in epochs.values()]), [1, 99])
     followed = dict(zip(epochs, follow_clusters([e['labels'] for e in epochs.values()])))
     mapped, places = [followed[e][epochs[e]['map_index']] for e in shown], [epochs[e]['map'] for e in shown]
@@ -893,6 +900,7 @@ def _busiest(camids):
 def _draw_epoch(column, epoch, labels, looks, limits):
     "One epoch's clusters, confidence and, where known, its busiest camera in its column of axes."
     at, index = epoch['map'], epoch['map_index']
+    _frame_cloud(column, at)
     _draw_dots(column[0], at, labels[index], *looks, 6)
     inside, sure = labels[index] >= 0, epoch['confidence'][index]
     _draw_outliers(column[1], at[~inside], 6)
@@ -903,22 +911,42 @@ def _draw_epoch(column, epoch, labels, looks, limits):
         _draw_camera(column[2], at, epoch['camids'] == _busiest(epoch['camids']), 5)
 
 
-def _same_frame(axes, maps):
-    "One square window for every map, so that a point that stays is seen to stay."
-    low, high = np.min([m.min(0) for m in maps], 0), np.max([m.max(0) for m in maps], 0)
-    centre, half = (low + high) / 2, 0.54 * (high - low).max() + 1e-6
-    for ax in axes.flat:
-        ax.set(
-            xticks=[],
-            yticks=[],
-            xlim=(centre[0] - half, centre[0] + half),
-            ylim=(centre[1] - half, centre[1] + half),
-            aspect='equal',
-        )
+def _frame_cloud(axes, at):
+    "A square window around one map: maps of two epochs differ in width, and width means nothing."
+    centre, half = (at.min(0) + at.max(0)) / 2, 0.54 * np.ptp(at, axis=0).max() + 1e-6
+    (left, bottom), (right, top) = centre - half, centre + half
+    for ax in axes:
+        ax.set(xticks=[], yticks=[], xlim=(left, right), ylim=(bottom, top), aspect='equal')
 
 # %% ../nbs/00_viz.ipynb #9e5427f5
-def image_pixels(
-    images,  # a Split, (N, 3, H, W) or (N, H, W, 3) array or tensor, or list of files or of PIL images
+def _blur_head(image):
+    from ccc.folder import blur_head
+
+    return blur_head(image)
+
+
+class _Blurred:
+    "A split whose images have a blurred upper quarter; everything else is the split's."
+
+    def __init__(self, split):
+        self.split = split
+
+    def __getattr__(self, name):
+        return getattr(self.split, name)
+
+    def __len__(self):
+        return len(self.split)
+
+    def image(self, i):
+        return _blur_head(self.split.image(i))
+
+# %% ../nbs/00_viz.ipynb #bf15e1e5
+def blurred(split):  # anything with `image(i)` -> the same with blurred images; what has no images stays
+    "A split whose images have a blurred upper quarter: the head, where the image is of a whole body."
+    return _Blurred(split) if hasattr(split, 'image') else split
+
+
+def image_pixels(    images,  # a Split, (N, 3, H, W) or (N, H, W, 3) array or tensor, or list of files or of PIL images
     i: int,  # which one
     height: int = 96,  # of the result; its width follows
     blur: bool = False,  # blur the upper quarter
@@ -936,9 +964,7 @@ def image_pixels(
         im = Image.fromarray(a if a.dtype == np.uint8 else np.clip(a * 255, 0, 255).astype(np.uint8))
     im = im.convert('RGB')
     if blur:
-        from ccc.folder import blur_head
-
-        im = blur_head(im)
+        im = _blur_head(im)
     return np.asarray(im.resize((max(1, round(im.width * height / im.height)), height)))
 
 
@@ -1178,7 +1204,8 @@ def plot_atlas(
     labels, confidence, index = (
         per_point(k, v, len(xy)) for k, v in dict(labels=labels, confidence=confidence, index=index).items()
     )
-    canvas = np.array([round(110 * width), round(90 * width)])
+    across, upwards = np.maximum(np.ptp(xy, axis=0), 1e-9)
+    canvas = np.round(110 * width * np.array([1, np.clip(upwards / across, 0.6, 1)])).astype(int)
     at, place = _onto_canvas(xy.astype(float), canvas), np.zeros(len(xy), int) if labels is None else labels
     if labels is None:
         colours = np.array([[0.55, 0.62, 0.7]])
@@ -1206,29 +1233,22 @@ def plot_atlas(
         ax, images, shown if index is None else index[shown], at[shown], at, canvas, frames, blur_faces
     )
     ax.set(xticks=[], yticks=[], xlim=(0, canvas[0]), ylim=(0, canvas[1]), aspect='equal')
-    ax.set_title(
-        ' · '.join(
-            filter(
-                None,
-                [title, _atlas_title(by, len(chosen), len(shown) - lost, labels, confidence, blur_faces)],
-            )
-        ),
-        fontsize=10,
-    )
+    description = _atlas_title(by, len(chosen), len(shown) - lost, labels, confidence, blur_faces)
+    _set_title(ax, f'{title} · {description}' if title else description)
     return fig
 
 # %% ../nbs/00_viz.ipynb #e4ca89ec
 def _atlas_title(by, groups, drawn, labels, confidence, blurred):
     "What an atlas shows, in words: which member of what, and how many are left out."
     member = 'most central' if confidence is None else 'most confident'
-    said = (
+    crops = (
         f'{quantity(groups, by)}, the {member} image of each'
         if drawn == groups
         else f'the {member} image of {drawn:,} of {quantity(groups, by)}'
     )
     out = 0 if labels is None else int((labels < 0).sum())
     return ' · '.join(
-        [said]
+        [crops]
         + ([f'{quantity(out, "outlier")} (grey crosses)'] if out else [])
         + (['heads blurred'] if blurred else [])
     )

@@ -87,9 +87,7 @@ def _plot(s, truth, said):
     chosen = at[s.candidates.index(s.value)]
     axes[0].plot(at, s.scores, color=COLOURS[0], marker=MARKERS[0], markersize=4, label=s.score)
     if truth is not None:
-        axes[0].plot(
-            at, truth, color=COLOURS[3], marker=MARKERS[3], markersize=4, linestyle=':', label=said
-        )
+        axes[0].plot(at, truth, color=COLOURS[3], marker=MARKERS[3], markersize=4, linestyle=':', label=said)
     for ax in axes:
         ax.axvline(chosen, color=GREY, linestyle='--', linewidth=1)
         ax.set(xlabel=s.name)

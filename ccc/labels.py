@@ -136,9 +136,9 @@ def within(
     graph = csr_array(
         (as_numpy(graph.data), as_numpy(graph.indices), as_numpy(graph.indptr)), shape=graph.shape
     )
-    kept = graph.data <= eps
-    indptr = np.r_[0, np.cumsum(kept, dtype=np.int64)][graph.indptr]
-    thin = csr_array((graph.data[kept], graph.indices[kept], indptr), shape=graph.shape)
+    mask = graph.data <= eps
+    indptr = np.r_[0, np.cumsum(mask, dtype=np.int64)][graph.indptr]
+    thin = csr_array((graph.data[mask], graph.indices[mask], indptr), shape=graph.shape)
     return thin if not thin.nnz else sort_graph_by_row_values(thin, copy=False, warn_when_not_sorted=False)
 
 

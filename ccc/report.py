@@ -15,7 +15,7 @@ import numpy as np
 
 from .data import write_file
 from .evolution import History, read_history
-from .viz import blurred, show_clusters
+from .viz import show_clusters
 from .writing import check_free, one_line, plain, seal_page
 
 # %% ../nbs/09a_report.ipynb #92a4c6ff
@@ -56,7 +56,7 @@ def open_run(
         if known is None:
             missing.append(f'no {what}')
     if blur_faces and history.split is not None:
-        history.split = blurred(history.split)
+        history.split = history.split.blurred()
     return metadata, history, dataset, trainer, missing
 
 # %% ../nbs/09a_report.ipynb #3a41eda0
@@ -133,7 +133,7 @@ def look_inside(
     from ccc.training import epoch_batches, make_memory
 
     x, train = trainer.extract(), trainer.dataset.train
-    images = blurred(train) if blur_faces else train
+    images = train.blurred() if blur_faces else train
     labels, figures = trainer.make_labels(x), {}
     # HDC's; the others have no discrepancy
     if (labels.confidence[labels.labels < 0] > 0).any() or labels.n_outliers == 0:
@@ -178,7 +178,7 @@ def _look_at_gallery(trainer, blur_faces, n=3):
         trainer.extract('gallery'),
     )
     if blur_faces:
-        query, gallery = blurred(query), blurred(gallery)
+        query, gallery = query.blurred(), gallery.blurred()
     some = np.random.default_rng(0).choice(len(query), min(n, len(query)), replace=False)
     figures = {
         'Queries drawn at random': show_ranking(query, gallery, 2 - 2 * q[some] @ g.T, some, same_camera=True)
@@ -195,7 +195,7 @@ def _look_at_gallery(trainer, blur_faces, n=3):
     i, w = look[worst[0]], worst[0]
     order, _ = rank_gallery(distmat[w], i, query.pids, gallery.pids, query.camids, gallery.camids)
     answers = [
-        ('found, wrong', order[gallery.pids[order] != query.pids[i]][0]),
+        ('first, wrong', order[gallery.pids[order] != query.pids[i]][0]),
         ('the right one', order[gallery.pids[order] == query.pids[i]][0]),
     ]
     one = lambda split, k: normalize(trainer.images(split)[k : k + 1].to('cpu'))[0]

@@ -6,9 +6,9 @@
 __all__ = ['COLOURS', 'MARKERS', 'GREY', 'PALE', 'RIGHT', 'WRONG', 'as_array', 'per_point', 'umap_map', 'sample_points',
            'group_style', 'largest_groups', 'cluster_colors', 'cluster_markers', 'hide_axes', 'draw_clusters',
            'quantity', 'draw_confidence', 'new_figure', 'plot_umap', 'plot_confidence', 'plot_camera_entropy',
-           'follow_clusters', 'spread_positions', 'plot_evolution', 'blurred', 'image_pixels', 'show_image',
-           'image_grid', 'show_clusters', 'representatives', 'crop_places', 'plot_atlas', 'run_atlas', 'rank_gallery',
-           'show_ranking', 'hardest_errors']
+           'follow_clusters', 'spread_positions', 'plot_evolution', 'image_pixels', 'show_image', 'image_grid',
+           'show_clusters', 'representatives', 'crop_places', 'plot_atlas', 'run_atlas', 'rank_gallery', 'show_ranking',
+           'hardest_errors']
 
 # %% ../nbs/00_viz.ipynb #3af5b9c9
 import textwrap
@@ -532,13 +532,15 @@ def _draw_camera(ax, xy, mine, size):
 
 def _panel_cameras(ax, xy, camids):
     """The same map once for each camera, its images blue on those of all others: six colours at once are
-    confetti."""
+    confetti. Above each, the camera and its share of all images."""
     cameras = np.unique(camids[camids >= 0])
     unit = (xy - xy.min(0)) / max(np.ptp(xy, axis=0).max(), 1e-9)
     step = unit.max(0) + [0.06, 0.17]
     columns = _columns(len(cameras), step, unit.max(0))
     # rows so far apart that the panel has the shape of the others
-    step[1] = max(step[1], columns * step[0] * unit[:, 1].max() / unit[:, 0].max() / -(-len(cameras) // columns))
+    step[1] = max(
+        step[1], columns * step[0] * unit[:, 1].max() / unit[:, 0].max() / -(-len(cameras) // columns)
+    )
     size = 0.7 * _dot_size(len(xy)) / columns**0.5
     for k, camera in enumerate(cameras):
         at = unit + step * [k % columns, -(k // columns)]
@@ -553,7 +555,7 @@ def _panel_cameras(ax, xy, camids):
             va='bottom',
         )
     ax.update_datalim([(0, unit[:, 1].max() + 0.13)])  # letters need room, too
-    _set_title(ax, f'{quantity(len(cameras), "camera")}, shares of images{_bias_note(xy, camids)}')
+    _set_title(ax, f'{quantity(len(cameras), "camera")}{_bias_note(xy, camids)}')
 
 
 def _columns(n, tile, panel):
@@ -664,7 +666,7 @@ def plot_umap(
     x=None,  # embeddings (N, D); may be None when `xy` is given
     labels=None,  # pseudo-labels (N,) int, -1 = outlier: a panel of clusters, the 12 largest of many numbered
     confidence=None,  # (N,) in [0, 1]: a panel on a sequential scale
-    camids=None,  # cameras (N,) int: a panel with a small map for each
+    camids=None,  # cameras (N,) int: a small map for each, with its share of images
     pids=None,  # true identities (N,) int, negative = unknown: a panel
     *,
     xy=None,  # a map (N, 2) computed before; None: `umap_map` of the points drawn
@@ -918,35 +920,9 @@ def _frame_cloud(axes, at):
     for ax in axes:
         ax.set(xticks=[], yticks=[], xlim=(left, right), ylim=(bottom, top), aspect='equal')
 
-# %% ../nbs/00_viz.ipynb #9e5427f5
-def _blur_head(image):
-    from ccc.folder import blur_head
-
-    return blur_head(image)
-
-
-class _Blurred:
-    "A split whose images have a blurred upper quarter; everything else is the split's."
-
-    def __init__(self, split):
-        self.split = split
-
-    def __getattr__(self, name):
-        return getattr(self.split, name)
-
-    def __len__(self):
-        return len(self.split)
-
-    def image(self, i):
-        return _blur_head(self.split.image(i))
-
 # %% ../nbs/00_viz.ipynb #bf15e1e5
-def blurred(split):  # anything with `image(i)` -> the same with blurred images; what has no images stays
-    "A split whose images have a blurred upper quarter: the head, where the image is of a whole body."
-    return _Blurred(split) if hasattr(split, 'image') else split
-
-
-def image_pixels(    images,  # a Split, (N, 3, H, W) or (N, H, W, 3) array or tensor, or list of files or of PIL images
+def image_pixels(
+    images,  # a Split, (N, 3, H, W) or (N, H, W, 3) array or tensor, or list of files or of PIL images
     i: int,  # which one
     height: int = 96,  # of the result; its width follows
     blur: bool = False,  # blur the upper quarter
@@ -964,7 +940,9 @@ def image_pixels(    images,  # a Split, (N, 3, H, W) or (N, H, W, 3) array or t
         im = Image.fromarray(a if a.dtype == np.uint8 else np.clip(a * 255, 0, 255).astype(np.uint8))
     im = im.convert('RGB')
     if blur:
-        im = _blur_head(im)
+        from ccc.folder import blur_head
+
+        im = blur_head(im)
     return np.asarray(im.resize((max(1, round(im.width * height / im.height)), height)))
 
 
@@ -1067,7 +1045,11 @@ def show_clusters(
         line[0].set_ylabel(name, rotation=0, ha='right', va='center', fontsize=8)
         for ax, i in zip(line, at[spread_positions(len(at), per_cluster)]):
             show_image(
-                ax, image_pixels(images, i), GREY if labels[i] < 0 else None, f'{confidence[i]:.2f}', dashed=True
+                ax,
+                image_pixels(images, i),
+                GREY if labels[i] < 0 else None,
+                f'{confidence[i]:.2f}',
+                dashed=True,
             )
     if title:
         fig.suptitle(title, fontsize=10)

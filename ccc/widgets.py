@@ -36,7 +36,7 @@ from ccc.viz import (
     group_style,
     hide_axes,
 )
-from .viz import blurred, cluster_colors, cluster_markers, draw_clusters, plot_umap, sample_points
+from .viz import cluster_colors, cluster_markers, draw_clusters, plot_umap, sample_points
 
 # %% ../nbs/05b_widgets.ipynb #d7f3aa96
 @contextmanager
@@ -279,7 +279,9 @@ def _colouring(history, kind, index):
         groups, maps = np.where(known < 0, -1, place - (ids < 0).sum())[None], history.maps[-1:]
     if kind == 'camera':
         styles = [group_style(j) for j in range(int(groups.max(initial=-1)) + 1)]
-        return _Colouring(groups, np.array([to_rgb(c) for c, _ in styles]).reshape(-1, 3), [m for _, m in styles])
+        return _Colouring(
+            groups, np.array([to_rgb(c) for c, _ in styles]).reshape(-1, 3), [m for _, m in styles]
+        )
     colours = cluster_colors(groups, maps)
     if len(index) > _MOST_SHAPES:
         return _Colouring(groups, colours, ['o'] * len(colours))
@@ -427,6 +429,15 @@ def _path_marks(path, here, radius, axis):
     return [dict(type='path', path=line, **style), dict(type='circle', **ends, **style)]
 
 # %% ../nbs/05b_widgets.ipynb #294899b6
+def _blurred(split):
+    "A split whose images have a blurred upper quarter."
+    if not hasattr(split, 'image'):
+        return split
+    from ccc.folder import blur_head
+
+    return SimpleNamespace(image=lambda i: blur_head(split.image(i)))
+
+
 def _window(figure, axis, values):
     "What the page shows of an axis: (low, high)."
     shown = figure.layout[axis].range
@@ -481,7 +492,7 @@ class Explorer:
         widgets, _ = _widgets()
         history.need_maps()
         if blur_faces:
-            history = replace(history, split=blurred(history.split))
+            history = replace(history, split=_blurred(history.split))
         keep = sample_points(len(history.index), max_points)
         self.history, self.index = (
             History(**vars(history) | dict(maps=history.maps[:, keep], index=history.index[keep])),
@@ -820,9 +831,7 @@ def plot_progress(
     e, labels = len(history.epochs) - 1, history.labels[-1]
     if history.maps is not None:
         draw_clusters(axes[2], history.maps[e], labels[history.index], _headline_short(history))
-        draw_confidence(
-            axes[3], history.maps[e], labels[history.index], history.confidence[e, history.index]
-        )
+        draw_confidence(axes[3], history.maps[e], labels[history.index], history.confidence[e, history.index])
         hide_axes(axes[3])
     fig.suptitle(
         f'epoch {history.epochs[-1] + 1}'
@@ -834,8 +843,9 @@ def plot_progress(
 def _headline_short(history):
     "'12 clusters, 24 outliers', and the size of a sample."
     labels, m = history.labels[-1], len(history.index)
-    return f'{len(np.unique(labels[labels >= 0]))} clusters, {quantity(int((labels < 0).sum()), "outlier")}' + (
-        '' if m == len(labels) else f'; {m:,} of {len(labels):,} images'
+    return (
+        f'{len(np.unique(labels[labels >= 0]))} clusters, {quantity(int((labels < 0).sum()), "outlier")}'
+        + ('' if m == len(labels) else f'; {m:,} of {len(labels):,} images')
     )
 
 

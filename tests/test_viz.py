@@ -421,7 +421,9 @@ def test_atlas_shows_the_surest_member_of_a_cluster_or_cell(points, monkeypatch)
     x, y = points
     asked = []
     real = viz.image_pixels
-    monkeypatch.setattr(viz, 'image_pixels', lambda images, i, *a: asked.append(int(i)) or real(images, i, *a))
+    monkeypatch.setattr(
+        viz, 'image_pixels', lambda images, i, *a: asked.append(int(i)) or real(images, i, *a)
+    )
     images, sure = np.zeros((60, 8, 4, 3), np.uint8), np.random.default_rng(1).random(60)
     viz.plot_atlas(images, xy=x[:, :2], labels=y, confidence=sure)
     assert sorted(asked) == sorted(int(np.flatnonzero(y == j)[sure[y == j].argmax()]) for j in range(6))

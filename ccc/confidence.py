@@ -430,8 +430,10 @@ def region_embeddings(
 
 
 def similarity_maps(
-    net, a, b
-) -> tuple:  # network; two normalised images (3, H, W) -> (h, w) of a to all of b, (h, w) of b to all of a, cosine of the two
+    net,  # `Backbone`
+    a,  # a normalised image (3, H, W)
+    b,  # another
+) -> tuple:  # (h, w) of a to all of b, (h, w) of b to all of a, cosine of the two
     "How much each region of either image resembles the other image, in [-1, 1]."
     regions, whole = region_embeddings(net, torch.stack([a, b]))
     return (regions[0] @ whole[1]).numpy(), (regions[1] @ whole[0]).numpy(), float(whole[0] @ whole[1])

@@ -294,7 +294,8 @@ def make_labels(
     k2: int = 6,  # of the Jaccard graph, where none is given; k1 is clipped to N - 1
     graph=None,  # (N, N) distances in [0, 1], CSR (absent: 1) or dense
     index: str = 'exact',  # how neighbours are found where no graph is given: 'exact', 'ivf', 'hnsw'
-    jaccard: bool = True,  # False: HDC on its own metric between samples, DBSCAN on the halved cosine distance, both dense
+    # False: HDC on its own metric between samples, DBSCAN on the halved cosine distance, both dense
+    jaccard: bool = True,
     own_centroids: bool = True,  # HDC: its own centroids; False: means of the final members
     hdc_options: dict = None,  # further arguments of HDC
     random_state=None,  # seed, for the starts

@@ -76,8 +76,8 @@ def settings_table(metadata: dict) -> str:  # config.json -> Markdown
             '',
             plain(
                 f'Data: {metadata["config"]["dataset"]}, {sizes}, fingerprint {data.get("fingerprint")}. Seed'
-                f' {metadata.get("seed")}. Commit {metadata.get("commit") or "unknown"}. Device {metadata.get("device")},'
-                f' {metadata.get("processes")} process(es). '
+                f' {metadata.get("seed")}. Commit {metadata.get("commit") or "unknown"}.'
+                f' Device {metadata.get("device")}, {metadata.get("processes")} process(es). '
                 + ', '.join(f'{k} {v}' for k, v in versions.items())
                 + '.'
             ),

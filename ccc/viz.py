@@ -11,7 +11,6 @@ __all__ = ['COLOURS', 'MARKERS', 'GREY', 'PALE', 'RIGHT', 'WRONG', 'as_array', '
            'hardest_errors']
 
 # %% ../nbs/00_viz.ipynb #3af5b9c9
-import textwrap
 from functools import cache
 from pathlib import Path
 import numpy as np
@@ -152,7 +151,8 @@ def umap_map(
     n_neighbors: int = 15,  # neighbours that each point keeps close, itself included; cut to N
     init=None,  # starting map (N, 2), e.g. that of the epoch before; None: principal components
     random_state: int = 0,  # seed of UMAP's sampling
-    neighbors=None,  # what `knn(x, k)` gave the label step, squared distances and ids (N, k) with k >= n_neighbors; None: searched here
+    # of `knn(x, k)`: squared distances and ids (N, k), k >= n_neighbors; None: searched here
+    neighbors=None,
 ) -> np.ndarray:  # map (N, 2) float32; under 5 points the start itself
     "Two-dimensional map of the rows of `x`: UMAP (arXiv 1802.03426) on exact Euclidean neighbours."
     x = _embeddings(x)
@@ -325,7 +325,8 @@ def _free(n, taken):
 # %% ../nbs/00_viz.ipynb #7adc78a8
 def cluster_colors(
     labels,  # (N,) int, -1 = outlier; or (E, N), successive epochs under numbers that stay: the last decides
-    xy=None,  # its map (N, 2), or every epoch's (E, N, 2): neighbours get colours far apart; None: no neighbours are known
+    # its map (N, 2), or every epoch's (E, N, 2): neighbours get colours far apart; None: without
+    xy=None,
 ) -> np.ndarray:  # (K, 3) floats in [0, 1] of clusters 0..K-1, K = highest label + 1; none of them grey
     "A colour of its own for each cluster of an epoch, readable on white and on dark ground."
     labels, maps = _label_epochs(labels, xy)
@@ -448,14 +449,26 @@ def hide_axes(ax):  # matplotlib axes with a map
     ax.set_aspect('equal', 'box')
 
 # %% ../nbs/00_viz.ipynb #4d06b2c7
+def _wrapped(text, width, size):
+    "Words in lines of at most `width` points, in letters of `size`."
+    from matplotlib.textpath import TextPath
+
+    lines = []
+    for word in text.split(' '):
+        longer = f'{lines[-1]} {word}' if lines else word
+        if lines and TextPath((0, 0), longer, size=size).get_extents().width <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return '\n'.join(lines)
+
+
 def _set_title(ax, text, size=10):
     "A title whose lines end where the panel does."
     spec = ax.get_subplotspec()
     share = 1 / spec.get_gridspec().ncols if spec else ax.get_position().width
-    width = 72 * share * ax.figure.bbox.width / ax.figure.dpi  # points
-    # 0.54 of its size is the mean width of a letter
-    lines = [textwrap.fill(line, max(16, int(width / (0.54 * size)))) for line in text.split('\n')]
-    ax.set_title('\n'.join(lines), fontsize=size)
+    width = 0.88 * 72 * share * ax.figure.bbox.width / ax.figure.dpi  # points; the rest is between panels
+    ax.set_title('\n'.join(_wrapped(line, width, size) for line in text.split('\n')), fontsize=size)
 
 # %% ../nbs/00_viz.ipynb #8c87f8f6
 def draw_clusters(
@@ -584,8 +597,8 @@ def _follow(labels, before):
     shared = np.zeros((k, int(before.max(initial=-1)) + 1), np.int64)
     np.add.at(shared, (labels[both], before[both]), 1)
     rows, cols = linear_sum_assignment(-shared)
-    number, kept = np.full(k, -1), shared[rows, cols] > 0
-    number[rows[kept]] = cols[kept]
+    number, akin = np.full(k, -1), shared[rows, cols] > 0
+    number[rows[akin]] = cols[akin]
     number[number < 0] = shared.shape[1] + np.arange((number < 0).sum())
     return np.where(labels < 0, -1, number[labels] if k else -1)
 
@@ -1022,7 +1035,7 @@ def show_clusters(
     confidence=None,  # (N,) in [0, 1]; None: all alike
     *,
     assignments=None,  # clusters (N,) before outliers were taken out; shows each outlier beside its cluster
-    clusters=None,  # which clusters to show; None: `n_clusters` of them, evenly from the surest to the least sure
+    clusters=None,  # which to show; None: `n_clusters`, evenly from the surest to the least sure
     n_clusters: int = 6,  # rows
     per_cluster: int = 10,  # images in a row, evenly from sure to unsure
     title=None,  # line above
@@ -1158,7 +1171,7 @@ def _onto_canvas(xy, canvas, margin=40):
 def plot_atlas(
     images,  # a Split, (N, 3, H, W) or (N, H, W, 3) array, or list of files
     x=None,  # embeddings (N, D); may be None when `xy` is given
-    labels=None,  # pseudo-labels (N,) int, -1 = outlier: a crop for each cluster; None: for each cell of a grid
+    labels=None,  # (N,) int, -1 = outlier: a crop for each cluster; None: for each cell of a grid
     confidence=None,  # (N,): the surest member is shown; None: the one nearest the middle
     *,
     xy=None,  # a map (N, 2); None: `umap_map(x)`
@@ -1290,7 +1303,7 @@ def show_ranking(
     positions=(0, 1, 2),  # which queries to show
     topk: int = 8,  # gallery images a row
     title=None,  # line above
-    same_camera: bool = False,  # show also what evaluation skips, the query's person in its own camera, in blue dotted frames without a rank
+    same_camera: bool = False,  # also what evaluation skips, in blue dotted frames without a rank
 ):  # matplotlib Figure, closed
     """Queries and what they find: right green ✓, wrong red ✗, the query's person in its own camera skipped
     as in evaluation."""
@@ -1345,9 +1358,7 @@ def hardest_errors(
     q_camids,  # cameras of the queries (Q,)
     g_camids,  # cameras of the gallery (G,)
     n: int = 6,  # queries wanted
-) -> (
-    tuple
-):  # positions of queries, hardest first, and their margins (> 0: first match wrong); may be fewer than n
+) -> tuple:  # positions of queries, hardest first, and their margins (> 0: first match wrong)
     "Queries whose nearest wrong match beats their nearest right one by most."
     distmat = as_array(distmat)
     if distmat.shape != (len(q_pids), len(g_pids)):

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .evolution import History, read_history
+from .evolution import SIGN_NAMES, History, read_history
 from .labels import diagnose
 from ccc.viz import (
     COLOURS,
@@ -198,11 +198,9 @@ def _card(history, i, e, path=''):
         lines.append(f'camera {history.camids[i]}')
     if history.pids is not None and history.pids[i] >= 0:
         lines.append(f'person {history.pids[i]} (not known to the method)')
-    return (
-        '<div'
-        f' style="display:flex;gap:8px;line-height:1.35">{_crop(history.split, i, 128)}{path}<div>{"<br>".join(lines)}<br><i>path</i>'
-        f' {_path_text(history, i)}</div></div>'
-    )
+    pictures = _crop(history.split, i, 128) + path
+    words = f'{"<br>".join(lines)}<br><i>path</i> {_path_text(history, i)}'
+    return f'<div style="display:flex;gap:8px;line-height:1.35">{pictures}<div>{words}</div></div>'
 
 
 def _cluster_page(history, j, e, most=40):
@@ -215,10 +213,8 @@ def _cluster_page(history, j, e, most=40):
         notes = [f'{history.confidence[e, i]:.2f}'] + (
             [f'c{history.camids[i]}'] if history.camids is not None and history.camids[i] >= 0 else []
         )
-        return (
-            '<span'
-            f' style="display:inline-block;text-align:center;font-size:10px">{_crop(history.split, i, 80)}<br>{" ".join(notes)}</span>'
-        )
+        style = 'display:inline-block;text-align:center;font-size:10px'
+        return f'<span style="{style}">{_crop(history.split, i, 80)}<br>{" ".join(notes)}</span>'
 
     note = '' if len(shown) == len(at) else f', {len(shown)} of them shown, evenly from sure to unsure'
     return (
@@ -809,7 +805,7 @@ def _draw_rows(ax, rows, names):
                 color=COLOURS[c % 8],
                 marker=MARKERS[c],
                 markersize=4,
-                label=name.replace('_', ' '),
+                label=SIGN_NAMES.get(name, name),
             )
     ax.set(xlabel='epoch')
     ax.xaxis.get_major_locator().set_params(integer=True)

@@ -460,3 +460,28 @@ def test_the_camera_map_says_how_far_neighbours_follow_cameras():
     xy = rng.normal(size=(80, 2)) + 50 * camids[:, None]
     title = ' '.join(viz.plot_umap(xy=xy, camids=camids).axes[0].get_title().split())
     assert 'Of the 15 nearest dots, own camera: 100%, chance: 49%' in title
+
+
+@pytest.mark.parametrize(
+    'panels', [('labels',), ('labels', 'confidence'), ('labels', 'camids', 'pids'), 'all']
+)
+def test_clouds_fill_their_panels_and_titles_stay_apart(panels):
+    rng = np.random.default_rng(0)
+    at = rng.normal(size=(600, 2)) * [3, 2]
+    known = dict(
+        labels=rng.integers(-1, 40, 600),
+        confidence=rng.random(600),
+        camids=rng.integers(0, 6, 600),
+        pids=rng.integers(0, 40, 600),
+    )
+    fig = viz.plot_umap(xy=at, **{k: v for k, v in known.items() if panels == 'all' or k in panels})
+    fig.draw_without_rendering()  # lays out
+    axes = [ax for ax in fig.axes if ax.get_title()]
+    titles = [ax.title.get_window_extent() for ax in axes]
+    assert all(t.x0 >= 0 and t.x1 <= fig.bbox.width and t.y1 <= fig.bbox.height for t in titles)
+    assert not any(a.overlaps(b) for i, a in enumerate(titles) for b in titles[:i])
+    assert not any(t.overlaps(ax.get_window_extent()) for t in titles for ax in axes)
+    for ax in axes:
+        low, high = ax.transData.transform(ax.dataLim.get_points())
+        box = ax.get_window_extent()
+        assert (high[0] - low[0]) / box.width > 0.85 and (high[1] - low[1]) / box.height > 0.85

@@ -653,12 +653,20 @@ def _sample_note(history):
     return '' if m == n else f'{m:,} of {n:,} images, drawn at random'
 
 
-def _encoded(frames, seconds, kind='PNG', colours=64):
-    "Pictures as one animated image on one palette, made for the first, middle and last together."
+def _commonest(frames, most):
+    "The commonest colours (n, 3) of some pictures, as they are: a mixture of two may be grey."
+    packed = np.concatenate([np.asarray(f).reshape(-1, 3) @ np.array([1 << 16, 1 << 8, 1]) for f in frames])
+    values, counts = np.unique(packed, return_counts=True)
+    values = values[np.argsort(-counts, kind='stable')[:most]]
+    return np.stack([values >> 16, values >> 8 & 255, values & 255], 1)
+
+
+def _encoded(frames, seconds, kind='PNG', colours=128):
+    "Pictures as one animated image in the commonest of their colours; rare ones become the nearest of these."
     from PIL import Image
 
-    some = Image.fromarray(np.concatenate([np.asarray(frames[k]) for k in (0, len(frames) // 2, -1)]))
-    palette = some.quantize(colours, Image.Quantize.MAXCOVERAGE, dither=0)
+    palette = Image.new('P', (1, 1))
+    palette.putpalette(_commonest(frames, colours).astype(np.uint8).ravel().tolist())
     small, out = [f.quantize(palette=palette, dither=0) for f in frames], io.BytesIO()
     if kind == 'WEBP':
         small = [f.convert('RGB') for f in small]

@@ -443,7 +443,7 @@ def hide_axes(ax):  # matplotlib axes with a map
     if not np.isfinite([low, high]).all():
         low, high = np.zeros(2), np.ones(2)
     width, height = np.maximum(high - low, 1e-9)
-    half = 0.53 * np.array([max(width, height), max(height, 0.6 * width)])  # no higher than wide, no strip
+    half = 0.55 * np.array([max(width, height), max(height, 0.6 * width)])  # no higher than wide, no strip
     (left, bottom), (right, top) = (low + high) / 2 - half, (low + high) / 2 + half
     ax.set(xticks=[], yticks=[], xlim=(left, right), ylim=(bottom, top))
     ax.set_aspect('equal', 'box')

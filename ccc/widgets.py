@@ -343,19 +343,20 @@ def _figure_widget(history, looks, e, index, size, memo):
     _, go = _widgets()
     fig = make_subplots(1, 2, subplot_titles=looks, horizontal_spacing=0.03)
     at = history.maps[e]
-    for c, kind in enumerate(looks, 1):
-        marker = _marker(history, kind, e, index, size, memo)
-        # unchecked: plotly would look at every symbol of every point, twice
-        cloud = go.Scattergl(
+    clouds = [
+        go.Scattergl(
             x=at[:, 0],
             y=at[:, 1],
+            xaxis=f'x{axis}',
+            yaxis=f'y{axis}',
             mode='markers',
-            marker=marker,
+            marker=_marker(history, kind, e, index, size, memo),
             hoverinfo='none',
             showlegend=False,
-            _validate=False,
+            _validate=False,  # plotly would look at every symbol of every point
         )
-        fig.add_trace(cloud, row=1, col=c)
+        for kind, axis in zip(looks, ('', '2'))
+    ]
     fig.update_xaxes(showticklabels=False, zeroline=False, showgrid=False, matches='x')
     fig.update_yaxes(showticklabels=False, zeroline=False, showgrid=False, matches='y', scaleanchor='x')
     fig.update_layout(
@@ -367,7 +368,7 @@ def _figure_widget(history, looks, e, index, size, memo):
         hovermode='closest',
         uirevision='kept',
     )
-    return _opened_complete(fig, scrollZoom=True)
+    return _opened_complete(clouds, fig.layout, scrollZoom=True)
 
 # %% ../nbs/05b_widgets.ipynb #4e963421
 # a widget's JavaScript: plotly's own, which comes with every figure, is run for the first one of a page alone
@@ -409,9 +410,10 @@ def _figure_class():
     return Figure
 
 
-def _opened_complete(fig, **config):
-    "A plotly figure as a widget."
-    widget = _figure_class()(fig)
+def _opened_complete(traces, layout, **config):
+    "A plotly figure as a widget; the traces are taken as they are, later changes are checked."
+    widget = _figure_class()(traces, layout, _validate=False)
+    widget._validate = True
     widget._config = widget._config | config
     widget.open(complete=True)
     return widget

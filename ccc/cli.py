@@ -386,6 +386,7 @@ class ReportOptions:
     out: Path | None = None  # the file; none: report.html in the run's folder
     network: bool = True  # also galleries, errors and CHD, from the last weights: embeds all images once
     force: bool = False  # replace a file that ccc did not write
+    blur_faces: bool = False  # blur the upper quarter of every image
 
 
 def report(args: list):  # words after `ccc report`
@@ -395,7 +396,9 @@ def report(args: list):  # words after `ccc report`
     options = read_options(tyro.conf.PositionalRequiredArgs[ReportOptions], args, 'ccc report')
     from ccc.report import write_report
 
-    print(f'written: {one_line(write_report(options.run, options.out, options.network, options.force))}')
+    o = options
+    written = write_report(o.run, o.out, o.network, o.force, o.blur_faces)
+    print(f'written: {one_line(written)}')
 
 # %% ../nbs/10_cli.ipynb #4f504636
 @dataclass

@@ -140,9 +140,9 @@ def within(
     graph = csr_array(
         (as_numpy(graph.data), as_numpy(graph.indices), as_numpy(graph.indptr)), shape=graph.shape
     )
-    kept = graph.data <= eps
-    indptr = np.r_[0, np.cumsum(kept, dtype=np.int64)][graph.indptr]
-    thin = csr_array((graph.data[kept], graph.indices[kept], indptr), shape=graph.shape)
+    mask = graph.data <= eps
+    indptr = np.r_[0, np.cumsum(mask, dtype=np.int64)][graph.indptr]
+    thin = csr_array((graph.data[mask], graph.indices[mask], indptr), shape=graph.shape)
     return thin if not thin.nnz else sort_graph_by_row_values(thin, copy=False, warn_when_not_sorted=False)
 
 
@@ -298,7 +298,8 @@ def make_labels(
     k2: int = 6,  # of the Jaccard graph, where none is given; k1 is clipped to N - 1
     graph=None,  # (N, N) distances in [0, 1], CSR (absent: 1) or dense
     index: str = 'exact',  # how neighbours are found where no graph is given: 'exact', 'ivf', 'hnsw'
-    jaccard: bool = True,  # False: HDC on its own metric between samples, DBSCAN on the halved cosine distance, both dense
+    # False: HDC on its own metric between samples, DBSCAN on the halved cosine distance, both dense
+    jaccard: bool = True,
     own_centroids: bool = True,  # HDC: its own centroids; False: means of the final members
     hdc_options: dict = None,  # further arguments of HDC
     random_state=None,  # seed, for the starts

@@ -48,7 +48,7 @@ def _integers(name, values, n=None, device=None):
 def camera_entropy(
     y,  # cluster of each image (N,), any integer type; negative = outlier, left out
     camids,  # its camera (N,), any integer type
-) -> tuple:  # clusters present, ascending (J,) int64; their entropy in bits (J,) float32; their weights (J,) float32, mean 1
+) -> tuple:  # clusters present, ascending (J,) int64; entropy in bits, weights of mean 1 (J,) float32
     """How evenly cameras share each cluster, and the weight that gives it (CIE, arXiv 2408.09464). No
     image, or floats: ValueError."""
     y = _integers('y', y)

@@ -22,6 +22,7 @@ from .writing import check_free, one_line, plain, seal_page
 def open_run(
     run,  # folder of a run
     network: bool = True,  # also its last checkpoint, where there is one
+    blur_faces: bool = False,  # the history shows its images with a blurred upper quarter
 ) -> tuple:  # config.json as a dict; `History`; data set or None; trainer or None; lines on what is missing
     "A run folder as the report sees it. FileNotFoundError for a folder without config.json or labels."
     from ccc.runs import RunFolder
@@ -30,10 +31,10 @@ def open_run(
     run = Path(run)
     if not (run / 'config.json').is_file():
         raise FileNotFoundError(f'RUN must be the folder of a run with its config.json, got {run}')
-    told, dataset, trainer, missing = RunFolder(run).metadata, None, None, []
+    metadata, dataset, trainer, missing = RunFolder(run).metadata, None, None, []
     try:
         dataset = open_dataset(RunFolder(run).config)
-        if dataset.fingerprint() != told['data'].get('fingerprint'):
+        if dataset.fingerprint() != metadata['data'].get('fingerprint'):
             dataset = missing.append('the images have changed since: not shown')
     except (OSError, ValueError) as e:
         missing.append(f'the images are not at hand ({e}): no crops, no identities')
@@ -54,16 +55,18 @@ def open_run(
     ):
         if known is None:
             missing.append(f'no {what}')
-    return told, history, dataset, trainer, missing
+    if blur_faces and history.split is not None:
+        history.split = history.split.blurred()
+    return metadata, history, dataset, trainer, missing
 
 # %% ../nbs/09a_report.ipynb #3a41eda0
-def settings_table(told: dict) -> str:  # config.json -> Markdown
+def settings_table(metadata: dict) -> str:  # config.json -> Markdown
     "The settings that differ from the published defaults, the data, and the versions."
     from ccc.config import Config, changes
 
-    changed = changes(Config(**told['config']))
+    changed = changes(Config(**metadata['config']))
     lines = [f'| {k} | {plain(v)} |' for k, v in changed.items()] or ['| none | |']
-    data, versions = told['data'], told.get('versions') or {}
+    data, versions = metadata['data'], metadata.get('versions') or {}
     sizes = ', '.join(f'{data[k]:,} {k}' for k in ('train', 'query', 'gallery') if k in data)
     return '\n'.join(
         [
@@ -72,9 +75,9 @@ def settings_table(told: dict) -> str:  # config.json -> Markdown
             *lines,
             '',
             plain(
-                f'Data: {told["config"]["dataset"]}, {sizes}, fingerprint {data.get("fingerprint")}. Seed'
-                f' {told.get("seed")}. Commit {told.get("commit") or "unknown"}. Device {told.get("device")},'
-                f' {told.get("processes")} process(es). '
+                f'Data: {metadata["config"]["dataset"]}, {sizes}, fingerprint {data.get("fingerprint")}. Seed'
+                f' {metadata.get("seed")}. Commit {metadata.get("commit") or "unknown"}.'
+                f' Device {metadata.get("device")}, {metadata.get("processes")} process(es). '
                 + ', '.join(f'{k} {v}' for k, v in versions.items())
                 + '.'
             ),
@@ -91,7 +94,6 @@ def epochs_table(rows: list) -> str:  # lines of metrics.jsonl -> Markdown
         ('NMI', 'nmi', '{:.3f}'),
         ('ARI', 'ari', '{:.3f}'),
         ('purity', 'purity', '{:.3f}'),
-        ('camera NMI', 'camera_nmi', '{:.3f}'),
         ('AMI', 'ami', '{:.3f}'),
         ('camera AMI', 'camera_ami', '{:.3f}'),
         ('loss', 'loss', '{:.3f}'),
@@ -120,7 +122,10 @@ def epochs_table(rows: list) -> str:  # lines of metrics.jsonl -> Markdown
     )
 
 # %% ../nbs/09a_report.ipynb #435e9f45
-def look_inside(trainer) -> dict:  # name -> matplotlib figure
+def look_inside(
+    trainer,
+    blur_faces: bool = False,  # blur the upper quarter of every image
+) -> dict:  # name -> matplotlib figure
     """Pictures that need the network: what HDC cuts, CIE and CHD in one batch, galleries, hardest errors,
     regions that match."""
     from ccc.confidence import plot_chd, plot_cie, plot_discrepancy
@@ -128,6 +133,7 @@ def look_inside(trainer) -> dict:  # name -> matplotlib figure
     from ccc.training import epoch_batches, make_memory
 
     x, train = trainer.extract(), trainer.dataset.train
+    images = train.blurred() if blur_faces else train
     labels, figures = trainer.make_labels(x), {}
     # HDC's; the others have no discrepancy
     if (labels.confidence[labels.labels < 0] > 0).any() or labels.n_outliers == 0:
@@ -149,19 +155,19 @@ def look_inside(trainer) -> dict:  # name -> matplotlib figure
         x[at],
         np.maximum(train.camids[at], 0),
         centroids[j],
-        [train.image(i) for i in at],
+        [images.image(i) for i in at],
         f'cluster {j} of that batch',
     )
-    return figures | _look_at_gallery(trainer)
+    return figures | _look_at_gallery(trainer, blur_faces)
 
 # %% ../nbs/09a_report.ipynb #42dc1b43
-def _look_at_gallery(trainer, n=3):
+def _look_at_gallery(trainer, blur_faces, n=3):
     """Galleries of some queries, of the hardest, and the regions that speak for the worst error; nothing
     where no query has a match."""
     from ccc.confidence import show_similarity, similarity_maps
     from ccc.data import normalize
     from ccc.training import can_rank
-    from ccc.viz import _ranked, hardest_errors, show_ranking
+    from ccc.viz import rank_gallery, hardest_errors, show_ranking
 
     if not can_rank(trainer.dataset):
         return {}
@@ -171,6 +177,8 @@ def _look_at_gallery(trainer, n=3):
         trainer.extract('query'),
         trainer.extract('gallery'),
     )
+    if blur_faces:
+        query, gallery = query.blurred(), gallery.blurred()
     some = np.random.default_rng(0).choice(len(query), min(n, len(query)), replace=False)
     figures = {
         'Queries drawn at random': show_ranking(query, gallery, 2 - 2 * q[some] @ g.T, some, same_camera=True)
@@ -185,17 +193,17 @@ def _look_at_gallery(trainer, n=3):
         'Hardest errors' + (f' among {len(look):,} queries drawn at random' if len(look) < len(query) else '')
     ] = show_ranking(query, gallery, distmat[worst], look[worst], same_camera=True)
     i, w = look[worst[0]], worst[0]
-    order, _ = _ranked(distmat[w], i, query.pids, gallery.pids, query.camids, gallery.camids)
-    found = [
-        ('found, wrong', order[gallery.pids[order] != query.pids[i]][0]),
+    order, _ = rank_gallery(distmat[w], i, query.pids, gallery.pids, query.camids, gallery.camids)
+    answers = [
+        ('first, wrong', order[gallery.pids[order] != query.pids[i]][0]),
         ('the right one', order[gallery.pids[order] == query.pids[i]][0]),
     ]
     one = lambda split, k: normalize(trainer.images(split)[k : k + 1].to('cpu'))[0]
     net = trainer.net.to('cpu')
     figures['Regions that match, in the hardest error'] = show_similarity(
-        [(query.image(i), gallery.image(j)) for _, j in found],
-        [similarity_maps(net, one('query', i), one('gallery', j)) for _, j in found],
-        [name for name, _ in found],
+        [(query.image(i), gallery.image(j)) for _, j in answers],
+        [similarity_maps(net, one('query', i), one('gallery', j)) for _, j in answers],
+        [name for name, _ in answers],
     )
     net.to(trainer.engine.device)
     return figures
@@ -233,7 +241,7 @@ def look_at_clusters(history: History) -> dict:  # name -> matplotlib figure; em
     return figures
 
 # %% ../nbs/09a_report.ipynb #77015b9e
-def _notebook(run, network):
+def _notebook(run, network, blur_faces):
     "The template with the run's folder put in front: its name is a string there, and nothing of it is code."
     import nbformat
     from importlib.resources import files
@@ -243,7 +251,8 @@ def _notebook(run, network):
     notebook.cells.insert(
         0,
         nbformat.v4.new_code_cell(
-            f'import os\nRUN, NETWORK = {str(run)!r}, {network!r}\nos.chdir({os.getcwd()!r})'
+            f'import os\nRUN, NETWORK, BLUR_FACES = {str(run)!r}, {network!r}, {blur_faces!r}\n'
+            f'os.chdir({os.getcwd()!r})'
         ),
     )
     return notebook
@@ -334,8 +343,9 @@ def _execute(notebook):
 def write_report(
     run,  # folder of a run
     out=None,  # the HTML file; None: report.html in the run's folder
-    network: bool = True,  # with the pictures that need the last weights (embeds the training, query and gallery images once)
+    network: bool = True,  # with the pictures that need the last weights: embeds all images once
     force: bool = False,  # replace a file that is not ours
+    blur_faces: bool = False,  # blur the upper quarter of every image
 ) -> Path:  # the file
     """Runs the template notebook on a run and writes one HTML file. FileNotFoundError for what is no run;
     ImportError says how to get nbconvert; OSError for a file that is not ours."""
@@ -350,7 +360,7 @@ def write_report(
         raise ImportError(f"ccc report needs `pip install 'ccc-reid[notebook]'` ({e.name} is missing)") from e
     out = Path(out).expanduser() if out else run / 'report.html'
     check_free(out, force=force)
-    notebook = _notebook(run, network)
+    notebook = _notebook(run, network, blur_faces)
     _execute(notebook)
     exporter = _offline(
         nbconvert.HTMLExporter(

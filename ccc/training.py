@@ -206,7 +206,9 @@ class Maps:
     def after_fit(self, trainer):
         "Draws how labels and numbers evolved."
         if trainer.is_main:
-            plot_evolution(trainer.run).savefig(trainer.run / 'figures' / 'evolution.png')
+            folder = trainer.folder
+            epochs = {epoch: folder.labels(epoch) for epoch in folder.epochs}
+            plot_evolution(epochs, rows=folder.rows).savefig(trainer.run / 'figures' / 'evolution.png')
 
 # %% ../nbs/08_training.ipynb #0d7014ee
 class Tracker:

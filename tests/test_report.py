@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -171,3 +172,30 @@ def test_a_file_that_is_not_ours_stays(bare, capsys):
         main(['report', str(bare), '--no-network', '--out', str(bare / 'labels')]) == 2
         and 'folder' in capsys.readouterr().err
     )
+
+
+@pytest.fixture
+def two_epochs(tmp_path):
+    "The stored run of the city, its first two epochs."
+    run = tmp_path / 'city'
+    shutil.copytree(Path(__file__).parent.parent / 'nbs/tutorials/runs/city', run)
+    for file in sorted((run / 'labels').glob('*.npz'))[2:]:
+        file.unlink()
+    lines = (run / 'metrics.jsonl').read_text().splitlines(keepends=True)
+    (run / 'metrics.jsonl').write_text(''.join(lines[:2]))
+    return run
+
+
+def test_images_of_a_run_are_blurred_on_demand(two_epochs):
+    plain, blurred = (open_run(two_epochs, network=False, blur_faces=blur)[1].split for blur in (False, True))
+    assert len(blurred.pids) == len(plain.pids)
+    seen, hidden = np.asarray(plain.image(0)).astype(int), np.asarray(blurred.image(0)).astype(int)
+    changed = np.abs(seen - hidden).mean((1, 2)) > 0
+    quarter = round(len(seen) / 4)
+    assert changed[:quarter].all() and not changed[quarter + 1 :].any()
+
+
+def test_report_shows_an_atlas(two_epochs):
+    out = write_report(two_epochs, network=False, blur_faces=True)
+    text = out.read_text()
+    assert 'Who is on the map?' in text and 'The upper quarter of every image is blurred' in text

@@ -199,7 +199,7 @@ def test_images_of_every_kind(tmp_path):
         SimpleNamespace(image=lambda i: Image.fromarray(a[i])),
     ]
     for images in kinds:
-        assert abs(viz._pixels(images, 1).astype(int) - a[1]).max() <= 1
+        assert abs(viz.image_pixels(images, 1).astype(int) - a[1]).max() <= 1
 
 
 def test_rows_of_clusters():
@@ -215,7 +215,7 @@ def test_rows_of_clusters():
 
 
 def test_ranking_skips_what_evaluation_skips():
-    order, skipped = viz._ranked(
+    order, skipped = viz.rank_gallery(
         np.array([0.1, 0.4, 0.2, 0.3]),
         0,
         np.array([7]),
@@ -249,7 +249,7 @@ def test_hardest_errors_against_sorting():
     found, margins = viz.hardest_errors(d, q_pids, g_pids, q_camids, g_camids, n=12)
     wrong = []
     for i in range(12):
-        order, _ = viz._ranked(d[i], i, q_pids, g_pids, q_camids, g_camids)
+        order, _ = viz.rank_gallery(d[i], i, q_pids, g_pids, q_camids, g_camids)
         if g_pids[order[0]] != q_pids[i] and (g_pids[order] == q_pids[i]).any():
             wrong.append(i)
     assert sorted(found) == wrong and (np.diff(margins) <= 0).all() and (margins > 0).all()
@@ -411,7 +411,7 @@ def test_thumbnails_do_not_overlap(k, shown, shape):
 
 
 def test_no_room_is_said_and_nothing_overlaps():
-    corners = viz._places(np.full((9, 2), 50.0), np.zeros((0, 2)), (100, 100), np.array([40, 40]))
+    corners = viz.crop_places(np.full((9, 2), 50.0), np.zeros((0, 2)), (100, 100), np.array([40, 40]))
     assert np.isnan(corners).any(1).sum() >= 5  # no more than four fit
     one = corners[~np.isnan(corners).any(1)]
     assert overlaps(np.stack([one[:, 0], one[:, 0] + 40, one[:, 1], one[:, 1] + 40], 1)) == 0
@@ -420,8 +420,10 @@ def test_no_room_is_said_and_nothing_overlaps():
 def test_atlas_shows_the_surest_member_of_a_cluster_or_cell(points, monkeypatch):
     x, y = points
     asked = []
-    real = viz._pixels
-    monkeypatch.setattr(viz, '_pixels', lambda images, i, *a: asked.append(int(i)) or real(images, i, *a))
+    real = viz.image_pixels
+    monkeypatch.setattr(
+        viz, 'image_pixels', lambda images, i, *a: asked.append(int(i)) or real(images, i, *a)
+    )
     images, sure = np.zeros((60, 8, 4, 3), np.uint8), np.random.default_rng(1).random(60)
     viz.plot_atlas(images, xy=x[:, :2], labels=y, confidence=sure)
     assert sorted(asked) == sorted(int(np.flatnonzero(y == j)[sure[y == j].argmax()]) for j in range(6))
@@ -456,5 +458,30 @@ def test_the_camera_map_says_how_far_neighbours_follow_cameras():
     rng = np.random.default_rng(0)
     camids = np.repeat([0, 1], 40)
     xy = rng.normal(size=(80, 2)) + 50 * camids[:, None]
-    title = viz.plot_umap(xy=xy, camids=camids).axes[0].get_title()
-    assert 'own camera: 100% of the 15 nearest, by chance 49% (on the map)' in title
+    title = ' '.join(viz.plot_umap(xy=xy, camids=camids).axes[0].get_title().split())
+    assert 'Of the 15 nearest dots, own camera: 100%, chance: 49%' in title
+
+
+@pytest.mark.parametrize(
+    'panels', [('labels',), ('labels', 'confidence'), ('labels', 'camids', 'pids'), 'all']
+)
+def test_clouds_fill_their_panels_and_titles_stay_apart(panels):
+    rng = np.random.default_rng(0)
+    at = rng.normal(size=(600, 2)) * [3, 2]
+    known = dict(
+        labels=rng.integers(-1, 40, 600),
+        confidence=rng.random(600),
+        camids=rng.integers(0, 6, 600),
+        pids=rng.integers(0, 40, 600),
+    )
+    fig = viz.plot_umap(xy=at, **{k: v for k, v in known.items() if panels == 'all' or k in panels})
+    fig.draw_without_rendering()  # lays out
+    axes = [ax for ax in fig.axes if ax.get_title()]
+    titles = [ax.title.get_window_extent() for ax in axes]
+    assert all(t.x0 >= 0 and t.x1 <= fig.bbox.width and t.y1 <= fig.bbox.height for t in titles)
+    assert not any(a.overlaps(b) for i, a in enumerate(titles) for b in titles[:i])
+    assert not any(t.overlaps(ax.get_window_extent()) for t in titles for ax in axes)
+    for ax in axes:
+        low, high = ax.transData.transform(ax.dataLim.get_points())
+        box = ax.get_window_extent()
+        assert (high[0] - low[0]) / box.width > 0.85 and (high[1] - low[1]) / box.height > 0.85

@@ -6,10 +6,10 @@
 __all__ = ['CLUSTERERS', 'NETWORKS', 'STUDIES', 'MAIN_CLAIMS', 'OTHER_CLAIMS', 'TABLES', 'ARCHS', 'HEADS', 'grid', 'study_base',
            'study_configs', 'fitted', 'run_key', 'Planned', 'row_name', 'find_runs', 'plan', 'count_epochs',
            'warmup_key', 'shares_warmup', 'sole_worker', 'run_settings', 'Outcome', 'train_run', 'pace_key',
-           'known_pace', 'note_pace', 'in_turn', 'on_ray', 'count_gpus', 'missing_weights', 'ablate', 'without_weights',
-           'last_line', 'try_pace', 'kept_warmups', 'outlook', 'Result', 'results', 'scores', 'Difference', 'paired',
-           'spread', 'study_rows', 'study_table', 'Claim', 'claim_rows', 'Finding', 'examine', 'findings_table',
-           'forest_plot', 'read_published', 'published_differences', 'comparison_table']
+           'known_pace', 'note_pace', 'in_turn', 'on_ray', 'run_share', 'count_gpus', 'missing_weights', 'ablate',
+           'without_weights', 'last_line', 'try_pace', 'kept_warmups', 'outlook', 'Result', 'results', 'scores',
+           'Difference', 'paired', 'spread', 'study_rows', 'study_table', 'Claim', 'claim_rows', 'Finding', 'examine',
+           'findings_table', 'forest_plot', 'read_published', 'published_differences', 'comparison_table']
 
 # %% ../nbs/09b_studies.ipynb #7cd7e1f7
 import csv
@@ -284,13 +284,6 @@ def note_pace(folder, config: Config, jobs: int, outcome: Outcome):
     with open(Path(folder) / 'pace.jsonl', 'a') as notes:
         notes.write(json.dumps(note) + '\n')
 
-
-def note_pace(folder, config: Config, jobs: int, outcome: Outcome):
-    "Adds the pace of a finished run to those known."
-    note = dict(kind=pace_key(config, jobs), epochs=outcome.epochs, seconds=outcome.seconds / jobs)
-    with open(Path(folder) / 'pace.jsonl', 'a') as notes:
-        notes.write(json.dumps(note) + '\n')
-
 # %% ../nbs/09b_studies.ipynb #1bf515ca
 def in_turn(planned: list, base: Config, folder: Path):
     "Trains runs one after another in this process; yields each with its `Outcome`."
@@ -316,7 +309,7 @@ def on_ray(
         os.environ.setdefault('RAY_worker_niceness', '0')  # Ray's 15 starves a run beside other work
         quiet = dict(include_dashboard=False, log_to_driver=False, logging_level='error')
         ray.init(address, **quiet, **({} if address else dict(num_cpus=joblib.cpu_count())))
-    task = ray.remote(train_run).options(max_retries=3, **_share(ray.cluster_resources(), base, jobs))
+    task = ray.remote(train_run).options(max_retries=3, **run_share(ray.cluster_resources(), base, jobs))
     first, runs = {}, {}
     for p in planned:
         warmup = warmup_key(p.config)
@@ -337,8 +330,12 @@ def on_ray(
             ray.shutdown()
 
 
-def _share(resources, base, jobs):
-    "What a run may use of the resources that Ray has: a GPU where there are some, and its part of the CPUs."
+def run_share(
+    resources: dict,  # of a Ray cluster: CPU, GPU
+    base: Config,
+    jobs: int | None,  # runs at a time; None: one for each GPU, or CPU
+) -> dict:  # num_cpus, num_gpus
+    "What one run may use: a GPU where there are some, and its part of the CPUs."
     gpus = 0 if base.device == 'cpu' else int(resources.get('GPU', 0))
     cpus = resources.get('CPU', 1)
     share = cpus / (jobs or gpus or cpus)

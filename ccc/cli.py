@@ -407,7 +407,7 @@ class AblateOptions:
     config: Config  # settings of all rows; --seed is the first seed
     seeds: int = 3  # runs of each row
     jobs: int | None = None  # runs at a time; none: one for each GPU, or one
-    dry_run: bool = False  # only say what is missing and how long it will take
+    dry_run: bool = False  # only say what is missing, what is cached and how long it will take
 
 
 def ablate(args: list):  # words after `ccc ablate`
@@ -429,12 +429,11 @@ def ablate(args: list):  # words after `ccc ablate`
     folder = Path(o.config.log_dir).expanduser() / f'ablate-{o.config.dataset}'
     if o.dry_run:
         return print(outlook(plan(configs, o.config, folder), folder, o.jobs))
-    failed_runs = ablate(configs, o.config, folder, o.jobs)
-    runs = results(folder, configs)
+    left_out, found = ablate(configs, o.config, folder, o.jobs), results(folder, configs)
     for name in STUDIES if o.study == 'all' else [o.study]:
-        _print_lines(['', *study_table(name, o.config, runs)])
-    if failed_runs:
-        print(f'{len(failed_runs)} runs are left out: blank above, or with fewer seeds')
+        print('', *study_table(name, o.config, found), sep='\n')
+    if left_out:
+        print(f'{len(left_out)} runs are left out: blank above, or with fewer seeds')
 
 # %% ../nbs/10_cli.ipynb #975bf023
 @dataclass
@@ -481,10 +480,9 @@ def suggest(args: list):  # words after `ccc suggest`
         min_instances=c.cluster_min_instances,
     )
     n_clusters = likely_clusters(eps, len(x))
-    print(eps)
     print(
-        f'  {eps.told["n_clusters"][eps.at]} clusters, {eps.told["n_outliers"][eps.at]} of {len(x)} images in none:'
-        f' about {n_clusters} clusters for all images'
+        f"{eps}\n  {eps.told['n_clusters'][eps.at]} clusters, {eps.told['n_outliers'][eps.at]} of {len(x)}"
+        f" images in none; {n_clusters} clusters, had these come in clusters, too"
     )
     print(f'--dbscan-eps {eps.value} --num-clusters {n_clusters}')
 
@@ -620,10 +618,11 @@ _KINDS = dict(
 
 def _option_names(command):
     "The names of a command's options: as fields, and as arguments of Python functions."
-    if command in _KINDS:
-        own = [f.name for f in fields(_KINDS[command])]
-    else:
-        own = [f.name for f in fields(Config)] + ['resume', 'seeds', 'jobs']
+    own = (
+        [f.name for f in fields(_KINDS[command])]
+        if command in _KINDS
+        else [f.name for f in fields(Config)] + 'resume seeds jobs'.split()
+    )
     names = {name: name.replace('_', '-') for name in own}
     python_names = {name: option for name, option in _PYTHON_NAMES.items() if option.replace('-', '_') in own}
     return names | python_names

@@ -605,22 +605,22 @@ def usage() -> str:
 # %% ../nbs/10_cli.ipynb #climain0
 # Arguments of Python functions whose option has another name; all others are called as their option.
 _PYTHON_NAMES = dict(root='root-dir', n_clusters='num-clusters', eps='dbscan-eps', run='resume')
-_KINDS = dict(
-    label=LabelOptions,
-    search=SearchOptions,
-    export=ExportOptions,
-    data=DataOptions,
-    report=ReportOptions,
-    evaluate=EvaluateOptions,
-    lab=LabOptions,
-)
 
 
 def _option_names(command):
     "The names of a command's options: as fields, and as arguments of Python functions."
+    kinds = dict(
+        label=LabelOptions,
+        search=SearchOptions,
+        export=ExportOptions,
+        data=DataOptions,
+        report=ReportOptions,
+        evaluate=EvaluateOptions,
+        lab=LabOptions,
+    )
     own = (
-        [f.name for f in fields(_KINDS[command])]
-        if command in _KINDS
+        [f.name for f in fields(kinds[command])]
+        if command in kinds
         else [f.name for f in fields(Config)] + 'resume seeds jobs'.split()
     )
     names = {name: name.replace('_', '-') for name in own}

@@ -75,8 +75,7 @@ setup(
     long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
     packages=find_packages(include=['ccc', 'ccc.*']),
-    package_data={'ccc': ['report.ipynb', 'city.npz', 'py.typed']},
-    cmdclass={'build_py': BuildWithTutorials},
+    package_data={'ccc': ['report.ipynb', 'city.npz']},
     zip_safe=False,
     install_requires=lines('requirements'),
     extras_require={
@@ -85,4 +84,5 @@ setup(
     },
     entry_points={'console_scripts': lines('console_scripts'), 'nbdev': ['ccc=ccc._modidx:d']},
     ext_modules=kernels(),
+    cmdclass={'build_py': BuildWithTutorials},
 )

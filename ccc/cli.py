@@ -436,9 +436,9 @@ def ablate(args: list):  # words after `ccc ablate`
     failed_runs = ablate(configs, o.config, folder, o.jobs, o.address)
     runs = results(folder, configs)
     for name in STUDIES if o.study == 'all' else [o.study]:
-        _print_lines(['', *study_table(name, o.config, runs)])
-    if failed_runs:
-        print(f'{len(failed_runs)} runs are left out: blank above, or with fewer seeds')
+        print('', *study_table(name, o.config, found), sep='\n')
+    if left_out:
+        print(f'{len(left_out)} runs are left out: blank above, or with fewer seeds')
 
 # %% ../nbs/10_cli.ipynb #975bf023
 @dataclass
@@ -485,10 +485,9 @@ def suggest(args: list):  # words after `ccc suggest`
         min_instances=c.cluster_min_instances,
     )
     n_clusters = likely_clusters(eps, len(x))
-    print(eps)
     print(
-        f'  {eps.counts["n_clusters"][eps.at]} clusters, {eps.counts["n_outliers"][eps.at]} of {len(x)} images in none:'
-        f' about {n_clusters} clusters for all images'
+        f"{eps}\n  {eps.counts['n_clusters'][eps.at]} clusters, {eps.counts['n_outliers'][eps.at]} of {len(x)}"
+        f" images in none; {n_clusters} clusters if these were in clusters of the same size"
     )
     print(f'--dbscan-eps {eps.value} --num-clusters {n_clusters}')
 
@@ -611,23 +610,24 @@ def usage() -> str:
 # %% ../nbs/10_cli.ipynb #climain0
 # Arguments of Python functions whose option has another name; all others are called as their option.
 _PYTHON_NAMES = dict(root='root-dir', n_clusters='num-clusters', eps='dbscan-eps', run='resume')
-_KINDS = dict(
-    label=LabelOptions,
-    search=SearchOptions,
-    export=ExportOptions,
-    data=DataOptions,
-    report=ReportOptions,
-    evaluate=EvaluateOptions,
-    lab=LabOptions,
-)
 
 
 def _option_names(command):
     "The names of a command's options: as fields, and as arguments of Python functions."
-    if command in _KINDS:
-        own = [f.name for f in fields(_KINDS[command])]
-    else:
-        own = [f.name for f in fields(Config)] + ['resume', 'seeds', 'jobs', 'address']
+    kinds = dict(
+        label=LabelOptions,
+        search=SearchOptions,
+        export=ExportOptions,
+        data=DataOptions,
+        report=ReportOptions,
+        evaluate=EvaluateOptions,
+        lab=LabOptions,
+    )
+    own = (
+        [f.name for f in fields(kinds[command])]
+        if command in kinds
+        else [f.name for f in fields(Config)] + 'resume seeds jobs address'.split()
+    )
     names = {name: name.replace('_', '-') for name in own}
     python_names = {name: option for name, option in _PYTHON_NAMES.items() if option.replace('-', '_') in own}
     return names | python_names

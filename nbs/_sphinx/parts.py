@@ -4,7 +4,7 @@ that its name suggests."""
 import re
 
 PARTS = {
-    'Start here': 'self responsible_use names',
+    'Start here': 'self guide results scale names responsible_use',
     'Tutorials': 'step_through evolution change_one_part own_images tracker paper market1501 benchmarks',
     'The method, stage by stage': '01_data 01a_city 02_backbone 03_neighbors 04_hdc 05_labels 06_memory'
     ' 06a_confidence 07_evaluation',

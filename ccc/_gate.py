@@ -28,7 +28,7 @@ def require_gate(
             ' build_ext --inplace`'
         )
 
-
+# %% ../nbs/02a_gate.ipynb #1a6fc49f
 def whole(
     name: str,  # of the parameter, for the message
     value,
@@ -169,9 +169,9 @@ def all_finite(
             ' larger numbers'
         )
 
-
+# %% ../nbs/02a_gate.ipynb #061bb616
 def within_squares(*parts):  # (N, D) float32 arrays or tensors, finite
-    "The parts times one power of two, if squares would leave float32, and the exponent: x = part * 2**exponent."
+    "The parts times a power of two if squares would leave float32; and its exponent: x = part * 2**exponent."
     most = max([max(float(x.max()), -float(x.min())) for x in parts if len(x)], default=0)
     if most == 0 or 1e-15 < most < 1e15:
         return *parts, 0

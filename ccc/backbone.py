@@ -378,7 +378,7 @@ def _pair_trunk(trunk, tensors):
 
 
 def _pair_by_order(trunk, tensors):
-    "{name in the file: name in the trunk} by position; {} if a kind or shape differs or a convolution follows."
+    "{name in the file: name in the trunk} by position; {} if a kind or shape differs or more layers follow."
     kind = lambda name, t: (name.rsplit('.', 1)[-1], tuple(t.shape))
     pairs = list(zip(tensors, trunk))
     rest = list(tensors.values())[len(trunk) :]
@@ -611,7 +611,7 @@ def _find_weights(arch, weights):
 
 # %% ../nbs/02_backbone.ipynb #f210f3f6
 def _check_timm(name, pretrained):
-    "timm's description of a network's default weights, or None; ValueError for an unknown name or no weights."
+    "timm's description of a network's default weights; ValueError for an unknown name or no weights."
     try:
         import timm
     except ImportError as e:
@@ -657,10 +657,10 @@ def _for_size(name, size, make):
     try:
         return make()
     except OSError as e:
+        reason = str(e).splitlines()[0]
         raise OSError(
-            f'the published weights of timm:{name} could not be downloaded ({str(e).splitlines()[0]}). Without'
-            ' a network, copy the file and pass its path (--resnet-pretrained FILE), or start from random'
-            ' weights (none)'
+            f'the published weights of timm:{name} could not be downloaded ({reason}). Without a network,'
+            ' copy the file and pass its path (--resnet-pretrained FILE), or start from random weights (none)'
         ) from e
     except _TIMM_ERRORS as e:
         reason = (str(e).splitlines() or [type(e).__name__])[0]

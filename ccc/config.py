@@ -68,7 +68,7 @@ class LabelSettings:
     cluster_min_instances: int = 4
     jaccard_k1: int = 30  # neighbours of the k-reciprocal sets, without the sample itself
     jaccard_k2: int = 6  # neighbours whose encodings are averaged, with the sample itself
-    # search for neighbours; ivf and hnsw (FAISS) are approximate, for over a million images; recall is printed
+    # search for neighbours; ivf and hnsw (FAISS) are approximate, for a million images; recall is printed
     knn_index: Literal['exact', 'ivf', 'hnsw'] = 'exact'
     no_jaccard: bool = False  # HDC uses embedding distances instead of the Jaccard distance
     dbscan_eps: float = 0.6  # DBSCAN's radius, a Jaccard distance
@@ -413,7 +413,7 @@ def changed_settings(
     config: Config,  # of a run
     **settings,  # new values
 ) -> Config:
-    "The settings of a run that continues elsewhere or for longer; ValueError for one that decides its weights."
+    "Settings of a run that continues elsewhere or for longer; ValueError for one that decides its weights."
     new = replace(config, **settings)
     decide = [
         f'{name} from {value!r} to {getattr(new, name)!r}'

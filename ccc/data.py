@@ -156,7 +156,7 @@ class Layout:
     train: tuple  # sources, taken together
     query: tuple
     gallery: tuple
-    # regular expression with the groups pid and camid; searched in each path below the folder or each list line
+    # regular expression with groups pid and camid; searched in paths below the folder or lines of the list
     pattern: str
     first_camera: int = 1  # number of the first camera in names; camids start at 0
 
@@ -455,7 +455,7 @@ def _check_own_folder(root):
             ' output'
         )
 
-
+# %% ../nbs/01_data.ipynb #22b3ab63
 def _own_dataset(root, pattern, asked, first_camera):
     "The data set in a folder, a table or a DataFrame."
     framed = hasattr(root, 'to_dict')
@@ -702,7 +702,7 @@ def load_images(
     progress: bool = True,  # a bar while decoding
     cache: str | Path | None = None,  # folder that stores decoded images between runs; None: no cache
 ):  # torch.uint8 (N, 3, height, width)
-    "Decodes and resizes a split (bilinear), or reads it from the cache; OSError with the path of a bad image."
+    "Decodes and resizes a split (bilinear), or reads it from the cache; OSError names a bad image."
     import torch
 
     if cache is None:
@@ -847,7 +847,7 @@ def _groups(labels):
 
 # %% ../nbs/01_data.ipynb #2aff3e20
 class CameraAwareSampler:
-    "Positions for batches of `batch_size / num_instances` clusters, across cameras; iterating gives one pass."
+    "Positions for batches of `batch_size / num_instances` clusters across cameras; one pass if iterated."
 
     def __init__(
         self,

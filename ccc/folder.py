@@ -45,7 +45,8 @@ def walk_folder(
     folder: str | Path,  # an existing one
 ) -> tuple:  # files and own outputs, both sorted paths below it with '/' between the parts
     "Every file below a folder but hidden ones, and the runs and cities that were left out."
-    files, outputs, folders, links = [], [], [''], []
+    files, outputs = [], []
+    folders, links = [''], []  # still to enter
     # a link up would bring in what lies beside the folder
     entered = {(a.st_dev, a.st_ino) for a in map(os.stat, Path(folder).resolve().parents)}
     while folders or links:
@@ -133,7 +134,7 @@ def _word(value):
     whole = _WHOLE.fullmatch(text)
     return whole[1] if whole else text
 
-
+# %% ../nbs/01b_folder.ipynb #c4adcd7d
 def _is_unknown(word):
     return (
         word == '' or word.lower() in _UNKNOWN or bool(re.fullmatch(r'[-\u2212]\d+(\.0*)?', word, re.ASCII))
@@ -210,7 +211,7 @@ def _meanings(names, table):
         raise ValueError(f"{table} needs a column 'path' and at least one row, got columns {list(names)}")
     return columns
 
-
+# %% ../nbs/01b_folder.ipynb #4ac57490
 def _separator(head):
     "The separator of a header: one that gives a cell for the path, else a comma."
     likely = [s for s in _SEPARATORS if any(_plain(cell) in _MEANINGS['path'] for cell in head.split(s))]
@@ -336,7 +337,7 @@ def _in_runs(paths):
     runs = {folder: inside_run(folder) is not None for folder in set(folders)}
     return np.array([runs[folder] for folder in folders], bool)
 
-
+# %% ../nbs/01b_folder.ipynb #5cacd68d
 def table_rows(
     table,  # a .csv, .tsv or .parquet file, or a DataFrame; columns path, and perhaps pid, camid, split
     root: str
@@ -406,9 +407,8 @@ def _contradictions(paths, pids):
     twice = [Path(p).name for p, ids in people.items() if len(ids) > 1]
     if not twice:
         return []
-    return [
-        f'contradiction: {_count(len(twice), "image")} in several rows with different identities: {_listed(twice)}'
-    ]
+    images = _count(len(twice), 'image')
+    return [f'contradiction: {images} in several rows with different identities: {_listed(twice)}']
 
 # %% ../nbs/01b_folder.ipynb #fbd12cf7
 def _to_bytes(a, colours):
@@ -498,7 +498,7 @@ def _check_cut(image):
             ' viewer shows as one colour; stretch them to 8 bits'
         )
 
-
+# %% ../nbs/01b_folder.ipynb #5a769527
 def to_rgb(
     image,  # a PIL image, or an array or tensor (H, W) or (H, W, 1 to 4), RGB
 ) -> Image.Image:  # RGB, upright
@@ -590,7 +590,8 @@ def inspect_image(path: str | Path) -> ImageFacts:
             frames = _frames(image)
         fault = ''
     except Exception as e:  # decoders raise many kinds, SyntaxError among them
-        size, frames, fault = (0, 0), 1, _reason(e) if data else type(e).__name__
+        size, frames = (0, 0), 1
+        fault = _reason(e) if data else type(e).__name__
     return ImageFacts(*size, hashlib.blake2b(data, digest_size=16).digest(), fault, frames)
 
 # %% ../nbs/01b_folder.ipynb #bae6937c
@@ -686,10 +687,8 @@ def _copy_warnings(copies):
     groups = [{name for name, _ in g} for g in copies]
     leaks = sum('train' in names and len(names) > 1 for names in groups)
     if leaks:
-        lines.append(
-            f'leak: {_count(leaks, "image")} of the training split {"is" if leaks == 1 else "are"} in query or'
-            ' gallery too; the score will look better than it is'
-        )
+        images = f'{_count(leaks, "image")} of the training split {"is" if leaks == 1 else "are"}'
+        lines.append(f'leak: {images} in query or gallery too; the score will look better than it is')
     return lines
 
 # %% ../nbs/01b_folder.ipynb #18731c8f

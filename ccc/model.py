@@ -185,10 +185,8 @@ class Model:
 
     def __repr__(self):
         i = self.info
-        return (
-            f"{i['arch']}, {i['height']}x{i['width']} pixels -> {i['dim']} numbers, weights {i['weights']}, from"
-            f" {i['origin']}"
-        )
+        size = f"{i['height']}x{i['width']} pixels -> {i['dim']} numbers"
+        return f"{i['arch']}, {size}, weights {i['weights']}, from {i['origin']}"
 
     def embed(
         self,
@@ -222,7 +220,7 @@ def weights_name(net: nn.Module) -> str:
         h.update(name.encode() + t.detach().cpu().contiguous().numpy().tobytes())
     return h.hexdigest()[:12]
 
-
+# %% ../nbs/08b_model.ipynb #69560923
 def _shared_settings(config):
     "The settings that a description holds."
     settings = {name: value for name, value in asdict(config).items() if name not in PRIVATE}
@@ -297,7 +295,7 @@ def _of_run(path, device, checkpoint):
     last = (checkpoints(folder) or [folder / 'epoch_000.pt'])[-1]
     file = folder / 'best.pt' if checkpoint == 'best' else last
     if not file.is_file():
-        raise ValueError(f'the run has no checkpoint to load: no {file.name} in {folder}')
+        raise ValueError(f'a run needs a checkpoint to load, got none named {file.name} in {folder}')
     return _of_checkpoint(file, device, path)
 
 # %% ../nbs/08b_model.ipynb #870aef66
@@ -305,7 +303,7 @@ def load(
     path: str | Path,  # folder of a run, a checkpoint (.pt), or an exported .safetensors, .onnx or .pt2
     checkpoint: str = 'last',  # of a run: last, or best (highest mAP, chosen on the test set)
     device=None,  # cpu, cuda; None: a GPU if there is one
-    trust: bool = False,  # of .pt2: run the program in the file, which can do anything; else read its weights only
+    trust: bool = False,  # of .pt2: run the program in the file, which can do anything; else read weights
 ) -> Model:
     "The model of a run or a file, read as data; ValueError or FileNotFoundError if there is none."
     path = Path(path).expanduser()
@@ -386,7 +384,7 @@ def _read_vectors(path):
         raise ValueError(f'the vectors of an index must be finite numbers, got others in {path}')
     return x
 
-
+# %% ../nbs/08b_model.ipynb #9d29f402
 def _read_names(path, index_path, n):
     "Weights and names beside an index of `n` vectors; ValueError if the file does not hold them."
     if not path.is_file():
@@ -487,7 +485,8 @@ def search(
     weights = model.info['weights']
     if gallery.weights != weights:
         raise ValueError(
-            f'an index can only be searched with the model that made it: weights {gallery.weights}, got {weights}'
+            f'an index can only be searched with the model that made it: weights {gallery.weights}, got'
+            f' {weights}'
         )
     similarity, positions = gallery.search(model.embed(query), k)
     names = [[gallery.names[i] for i in row] for row in positions]
@@ -561,10 +560,8 @@ def _figure_html(crops, i, confidence, height, blur):
     "One picture with its name and confidence."
     name = html.escape(one_line(crops.names[i]).encode(errors='replace').decode())
     address = _thumbnail(crops.image(i), height, blur)
-    return (
-        f'<figure><img src="{address}" alt="{name}" title="{name}"><figcaption>{confidence[i]:.2f}</figcaption>'
-        '</figure>'
-    )
+    caption = f'<figcaption>{confidence[i]:.2f}</figcaption>'
+    return f'<figure><img src="{address}" alt="{name}" title="{name}">{caption}</figure>'
 
 
 _STYLE = (
@@ -613,8 +610,8 @@ def write_page(
         head += f'; the page shows the {clusters:,} most confident'
     page = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{head}</title><style>{_STYLE}</style>'
-        f'<h1>{head}</h1><p>The most confident clusters and pictures come first. The number below a picture is'
-        f' its confidence.</p>{body}</html>'
+        f'<h1>{head}</h1><p>The most confident clusters and pictures come first.'
+        f' The number below a picture is its confidence.</p>{body}</html>'
     )
     page = seal_page(page, *([] if table is None else [table]))
     write_file(Path(path), lambda f: f.write(page))
@@ -981,7 +978,7 @@ def parity(
     images,  # as of `Crops`; the first 16
     least: float = 0.9999,  # each cosine must be above this
 ) -> float:
-    "The lowest cosine of two models' embeddings of the same images, in batches of 1, 5 and 16; else ValueError."
+    "The lowest cosine of two models' embeddings, in batches of 1, 5 and 16; ValueError if it is too low."
     crops = Crops(images)
     if not len(crops):
         raise ValueError('parity is checked on real images, got none')
@@ -1006,7 +1003,10 @@ def export_normalised(
         raise ValueError(f'a normalised export is an .onnx file, got {Path(path).name}')
     _check_module(model)
     normalised = dict(
-        input='images: float32 (N, 3, height, width), RGB, values 0 to 1 minus the mean, divided by the deviation',
+        input=(
+            'images: float32 (N, 3, height, width), RGB, values 0 to 1 minus the mean, divided by the'
+            ' deviation'
+        ),
         normalisation=model.info['normalisation'] | dict(inside=False),
     )
     return export(Model(model.run, model.info | normalised, model.module.net), path, images, licence, force)
@@ -1015,7 +1015,7 @@ def export_normalised(
 Model.export_normalised = export_normalised
 
 # %% ../nbs/08b_model.ipynb #d06a5847
-_LIMITS = '''It was trained without identity labels to put pictures of one person (or vehicle) near each other.
+_LIMITS = '''It was trained without identity labels. It puts pictures of one person or vehicle near each other.
 It gives similarities, not identities: it cannot say who somebody is.
 
 Do not use it to identify or follow people without their consent or another legal ground.
@@ -1082,8 +1082,8 @@ def card(
         'Error rates of pairs': '\n'.join(rates),
         'Limits': _LIMITS,
         'Licence': (
-            f'Weights: {plain(licence)}. They derive from the training images and from the first weights, whose'
-            ' terms apply. Code: Apache-2.0.'
+            f'Weights: {plain(licence)}. They derive from the training images and from the first weights, and'
+            ' those terms apply. Code: Apache-2.0.'
         ),
         'Settings that differ from the published defaults': _lines(changes(config)),
         'Made with': _lines(i['versions'] | {'commit': i['commit']}),

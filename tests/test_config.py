@@ -67,8 +67,8 @@ CASES = [(name, value) for name in HINTS for value in wrong(name)]
 def test_a_setting_that_cannot_be_right_is_refused(name, value):
     with pytest.raises(ValueError) as error:
         Config(**{name: value})
-    said = str(error.value)
-    assert name in said and '\n' not in said and len(said) < 600, said
+    message = str(error.value)
+    assert name in message and '\n' not in message and len(message) < 600, message
 
 
 def test_the_table_is_about_every_field():
@@ -107,6 +107,6 @@ def test_the_command_names_the_option(words, option, tmp_path, monkeypatch, caps
     monkeypatch.delenv('CCC_DEBUG', raising=False)
     (tmp_path / 'FILE').write_text('somebody wrote this')
     assert main(['train', *words.split()]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith('ccc train: ') and said.count('\n') == 1 and option in said, said
+    message = capsys.readouterr().err
+    assert message.startswith('ccc train: ') and message.count('\n') == 1 and option in message, message
     assert (tmp_path / 'FILE').read_text() == 'somebody wrote this' and not (tmp_path / 'logs').exists()

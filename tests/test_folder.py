@@ -96,11 +96,11 @@ def test_a_mess_is_read_once_and_told(mess):
     check = check_images(data, num_workers=2)
     assert len(check.faults()) == 7 and '7 files that cannot be read' in str(check)
     str(check).encode('utf-8')  # no half characters of odd names
-    kept = keep_readable(data, check)
-    assert len(kept.train) == 95 and '7 files' in kept.notes[0]
+    readable = keep_readable(data, check)
+    assert len(readable.train) == 95 and '7 files' in readable.notes[0]
     for i in range(95):
-        assert kept.train.image(i).mode == 'RGB'
-    assert kept.fingerprint() != data.fingerprint()
+        assert readable.train.image(i).mode == 'RGB'
+    assert readable.fingerprint() != data.fingerprint()
 
 
 def test_walk_enters_a_folder_once(tmp_path):
@@ -114,8 +114,10 @@ def test_walk_enters_a_folder_once(tmp_path):
 def test_training_on_a_mess(mess, tmp_path, capsys):
     config = Config(**TINY, root_dir=str(mess), log_dir=str(tmp_path / 'logs'))
     rows = Trainer(config).fit()
-    said = capsys.readouterr().out
-    assert 'skipped: 7 files' in said and 'no cameras' in said and 'no NMI' in said and 'no mAP' in said
+    output = capsys.readouterr().out
+    assert (
+        'skipped: 7 files' in output and 'no cameras' in output and 'no NMI' in output and 'no mAP' in output
+    )
     assert (
         len(rows) == 2
         and {'churn', 'silhouette', 'confidence'} <= set(rows[1])
@@ -162,9 +164,9 @@ def test_table_trains_and_evaluates(tmp_path, capsys):
     pandas.DataFrame(rows).to_parquet(tmp_path / 'crops.parquet')
     config = Config(**TINY, root_dir=str(tmp_path / 'crops.parquet'), log_dir=str(tmp_path / 'logs'))
     last = Trainer(config).fit()[-1]
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     # ten pictures, each again and again: found at once
-    assert '10 images without a camera' in said and last['mAP'] == 1 and last['nmi'] is not None
+    assert '10 images without a camera' in output and last['mAP'] == 1 and last['nmi'] is not None
     assert main(['evaluate', str(tmp_path / 'logs/folder-hdc-seed999')]) == 0
     assert 'without the cross-camera rule' in capsys.readouterr().out
     assert main(['data', '--dataset', 'folder', '--root-dir', str(tmp_path / 'crops.parquet')]) == 0
@@ -310,9 +312,9 @@ def test_one_picture_in_many_arrays(dtype, white, channels):
     a = (RAMP.astype(np.float64) / 255 * white).round(0 if white > 1 else 6).astype(dtype)
     if channels:
         a = np.repeat(a[..., None], channels, 2)
-    seen = np.asarray(to_rgb(a)).astype(int)
-    assert seen.shape == (64, 32, 3) and np.abs(seen - RAMP[..., None]).max() <= 1
-    assert (np.asarray(to_rgb(torch.from_numpy(a.astype(a.dtype.newbyteorder('=')).copy()))) == seen).all()
+    shown = np.asarray(to_rgb(a)).astype(int)
+    assert shown.shape == (64, 32, 3) and np.abs(shown - RAMP[..., None]).max() <= 1
+    assert (np.asarray(to_rgb(torch.from_numpy(a.astype(a.dtype.newbyteorder('=')).copy()))) == shown).all()
 
 
 @pytest.mark.parametrize(
@@ -348,17 +350,17 @@ def test_what_cannot_be_shown_is_refused(a, says):
 def test_what_lies_under_alpha_is_not_seen(tmp_path, suffix, mode):
     alpha = np.zeros((64, 32, 1), np.uint8)
     alpha[16:48, 8:24] = 255
-    seen = []
+    shown = []
     for k in (1, 2):
         rgb = np.where(alpha > 0, np.asarray(picture(0, 32, 64)), np.asarray(picture(k, 32, 64)))
         image = Image.fromarray(np.concatenate([rgb, alpha], 2))
         image = image if mode in ('RGBA', 'P') else image.convert('LA')
         image.save(tmp_path / f'{k}{suffix}', **(dict(lossless=True) if suffix == '.webp' else {}))
-        seen.append(np.asarray(read_image(tmp_path / f'{k}{suffix}')).astype(int))
+        shown.append(np.asarray(read_image(tmp_path / f'{k}{suffix}')).astype(int))
     assert (
-        (seen[0][:16] == 255).all()
-        and np.abs(seen[0] - seen[1])[alpha[..., 0] == 0].max() == 0
-        and np.ptp(seen[0]) > 100
+        (shown[0][:16] == 255).all()
+        and np.abs(shown[0] - shown[1])[alpha[..., 0] == 0].max() == 0
+        and np.ptp(shown[0]) > 100
     )
 
 
@@ -371,9 +373,9 @@ def test_upright_by_exif(tmp_path, turn, suffix):
         upright.transpose({1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}[turn]) if turn > 1 else upright
     )
     stored.save(tmp_path / f'a{suffix}', exif=exif, quality=95)
-    seen, facts = read_image(tmp_path / f'a{suffix}'), inspect_image(tmp_path / f'a{suffix}')
-    assert seen.size == upright.size == (facts.width, facts.height)
-    assert np.abs(np.asarray(seen).astype(int) - np.asarray(upright)).mean() < 12
+    shown, facts = read_image(tmp_path / f'a{suffix}'), inspect_image(tmp_path / f'a{suffix}')
+    assert shown.size == upright.size == (facts.width, facts.height)
+    assert np.abs(np.asarray(shown).astype(int) - np.asarray(upright)).mean() < 12
 
 
 def test_damaged_exif_is_no_reason_to_refuse(tmp_path):
@@ -725,8 +727,8 @@ def test_contradictions_and_unused_columns_are_named(tmp_path, capsys):
         picture(ord(name)).save(tmp_path / f'{name}.png')
     (tmp_path / 't.csv').write_text('path,pid,bbox\na.png,1,x\na.png,2,y\nb.png,1,z\n')
     assert main(['data', '--dataset', 'folder', '--root-dir', str(tmp_path / 't.csv')]) == 0
-    said = capsys.readouterr().out
-    assert 'not used: 1 column of the table: bbox' in said and 'contradiction: 1 image' in said
+    output = capsys.readouterr().out
+    assert 'not used: 1 column of the table: bbox' in output and 'contradiction: 1 image' in output
 
 
 def test_paths_of_other_systems(tmp_path):

@@ -1,4 +1,4 @@
-"""A model as a thing to use: every form of it gives the same embeddings, an index and a threshold keep
+"""Every form of a model gives the same embeddings, an index and a threshold keep
 their promises, the commands work on any of them."""
 
 import json
@@ -92,12 +92,12 @@ def test_every_form_is_the_model(model, crops, tmp_path, suffix):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 def test_on_a_gpu_as_on_a_cpu(model, crops, tmp_path):
     model.export(tmp_path / 'm.safetensors', crops)
-    there = ccc.load(tmp_path / 'm.safetensors', device='cuda')
-    assert (there.embed(crops) * model.embed(crops)).sum(1).min() > 0.9999
-    there.export(tmp_path / 'm.pt2', crops)
+    on_gpu = ccc.load(tmp_path / 'm.safetensors', device='cuda')
+    assert (on_gpu.embed(crops) * model.embed(crops)).sum(1).min() > 0.9999
+    on_gpu.export(tmp_path / 'm.pt2', crops)
     assert (
-        next(there.module.parameters()).is_cuda
-        and (there.embed(crops) * model.embed(crops)).sum(1).min() > 0.9999
+        next(on_gpu.module.parameters()).is_cuda
+        and (on_gpu.embed(crops) * model.embed(crops)).sum(1).min() > 0.9999
     )
 
 
@@ -190,12 +190,16 @@ def test_calibration_travels(model, crops, tmp_path):
     model.info.pop('calibration', None)
     with pytest.raises(ValueError, match='model.calibrate'):
         model.same(crops / '00 of 0.png', crops / '00 of 1.png')
-    found = model.calibrate(crops, ids=np.arange(20) // 2)
-    assert found.source == 'people as labelled' and found.n_same == 10 and found.n_different == 180
+    calibration = model.calibrate(crops, ids=np.arange(20) // 2)
+    assert (
+        calibration.source == 'people as labelled'
+        and calibration.n_same == 10
+        and calibration.n_different == 180
+    )
     model.export(tmp_path / 'm.safetensors', crops)
     again = ccc.load(tmp_path / 'm.safetensors')
     a, b = [crops / '00 of 0.png', crops / '03 of 0.png'], [crops / '00 of 1.png', crops / '04 of 0.png']
-    assert again.calibration == found and (again.same(a, b).same == model.same(a, b).same).all()
+    assert again.calibration == calibration and (again.same(a, b).same == model.same(a, b).same).all()
     with pytest.raises(ValueError, match='got 2 and 1'):
         model.same(a, b[:1])
     guess = model.calibrate(crops, ids=PseudoLabels(np.arange(20) // 2, np.linspace(0, 1, 20), None), fmr=0.1)
@@ -257,11 +261,9 @@ def test_commands(model, crops, tmp_path, monkeypatch, capsys):
         )
         == 0
     )
-    assert (
-        'skipped: 1 file' in (said := capsys.readouterr().out)
-        and '20 images' in said
-        and len(Path('labels.csv').read_text().splitlines()) == 21
-    )
+    output = capsys.readouterr().out
+    assert 'skipped: 1 file' in output and '20 images' in output
+    assert len(Path('labels.csv').read_text().splitlines()) == 21
     assert (
         main(['search', 'crops/03 of 0.png', 'crops', 'm.safetensors', '--k', '2', '--save', 'c.faiss']) == 0
     )

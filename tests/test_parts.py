@@ -504,8 +504,8 @@ def test_two_processes_equal_one_with_an_own_memory(data, tmp_path):
             command, env=os.environ | dict(OMP_NUM_THREADS='1'), capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, done.stderr[-3000:]
-        (found,) = folder.iterdir()
-        return RunFolder(found)
+        (run_path,) = folder.iterdir()
+        return RunFolder(run_path)
 
     one, two = run(tmp_path / 'one', 1), run(tmp_path / 'two', 2)
     assert one.parts == two.parts and set(one.parts) == {'memory', 'loss'}

@@ -434,9 +434,11 @@ def test_the_command_takes_a_part_only_when_asked(source, tmp_path, capsys):
     )
     command += ['--log-dir', str(tmp_path / 'logs'), '--resnet-pretrained', str(tmp_path / 'part.pth')]
     assert main(command) != 0
-    said = capsys.readouterr().err
+    output = capsys.readouterr().err
     assert (
-        '--allow-partial' in said and 'layer4.0.conv1.weight' in said and len(said.strip().splitlines()) == 1
+        '--allow-partial' in output
+        and 'layer4.0.conv1.weight' in output
+        and len(output.strip().splitlines()) == 1
     )
     assert main([*command, '--allow-partial']) == 0
     assert 'trunk' in capsys.readouterr().out and list((tmp_path / 'logs').rglob('epoch_000.pt'))

@@ -436,9 +436,9 @@ def ablate(args: list):  # words after `ccc ablate`
     failed_runs = ablate(configs, o.config, folder, o.jobs, o.address)
     runs = results(folder, configs)
     for name in STUDIES if o.study == 'all' else [o.study]:
-        print('', *study_table(name, o.config, found), sep='\n')
-    if left_out:
-        print(f'{len(left_out)} runs are left out: blank above, or with fewer seeds')
+        print('', *study_table(name, o.config, runs), sep='\n')
+    if failed_runs:
+        print(f'{len(failed_runs)} runs are left out: blank above, or with fewer seeds')
 
 # %% ../nbs/10_cli.ipynb #975bf023
 @dataclass

@@ -43,7 +43,8 @@ def _summarise(ap, first, last, matches, max_rank):
     "A `Ranking` of what the kernel counted for each query; matches < 0: a NaN in its row."
     if (matches < 0).any():
         raise ValueError(
-            f'distances must not be NaN; got NaN in the rows of {(matches < 0).sum()} of {len(matches)} queries'
+            f'distances must not be NaN; got NaN in the rows of {(matches < 0).sum()} of'
+            f' {len(matches)} queries'
         )
     valid = matches > 0
     if not valid.any():

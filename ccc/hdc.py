@@ -523,7 +523,7 @@ class HDC(ClusterMixin, BaseEstimator):
         X,  # (N, D) embeddings; a tensor on an accelerator stays there
         y=None,  # ignored: labels are never read
         *,
-        graph=None,  # (N, N) distances in [0, 1]: sparse (absent: 1), dense, or on an accelerator; None: Jaccard
+        graph=None,  # (N, N) distances in [0, 1], sparse (absent: 1) or dense; None: their Jaccard graph
     ):
         """Cluster X; sets `labels_ assignments_ confidence_ discrepancy_ cluster_centers_ n_iter_ shift_
         init_indices_ n_ceiling_`."""

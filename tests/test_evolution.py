@@ -159,6 +159,19 @@ def test_every_picture_is_scaled_to_its_own_cloud(tmp_path):
     assert len(set(colours.values())) == len(colours)
 
 
+def test_a_film_shows_the_clusters_in_their_own_colours(tmp_path):
+    "A palette of mixtures made greys of some clusters."
+    run = write(tmp_path, n=400, m=400)
+    for e in range(3):
+        arrays = dict(np.load(run / f'labels/epoch_{e:03d}.npz'))
+        np.savez(run / f'labels/epoch_{e:03d}.npz', **arrays | dict(labels=np.arange(400) % 40))
+    h = evolution.read_history(run)
+    played = Image.open(io.BytesIO(evolution.animate_evolution(h, between=0)))
+    pixels = {tuple(p) for p in np.asarray(played.convert('RGB')).reshape(-1, 3).tolist()}
+    colours = np.round(255 * evolution.cluster_colors(h.labels[:, h.index], h.maps)).astype(int)
+    assert len(colours) == 40 and {tuple(c) for c in colours.tolist()} <= pixels
+
+
 def test_the_numbers_beside_the_film(tmp_path):
     import json
 

@@ -98,7 +98,8 @@ def test_wheel_holds_compiled_kernels(copy, tmp_path):
         assert any(re.fullmatch(rf'ccc/{kernel.stem}\..*(so|pyd)', name) for name in names), (
             f'{kernel.stem} is not compiled in {names}'
         )
-    assert {'ccc/report.ipynb', 'ccc/city.npz'} <= set(names)
+    data = 'report.ipynb', 'city.npz', 'city_half-way.safetensors', 'city_trained.safetensors'
+    assert {f'ccc/{name}' for name in data} <= set(names)
     assert not any(name.startswith(('tests/', 'nbs/')) for name in names)
 
 

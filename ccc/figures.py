@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['BLUE', 'ORANGE', 'GREEN', 'RED', 'GREY', 'panels', 'show_people', 'near_pairs', 'plot_near_pairs', 'plot_labelings',
            'plot_round', 'main_people', 'is_right', 'plot_outlier_removal', 'cluster_quality', 'plot_camera_weights',
-           'own_and_next', 'plot_own_and_next', 'plot_losses', 'show_batch']
+           'own_and_next', 'plot_own_and_next', 'pair_similarities', 'plot_pair_similarities', 'plot_losses',
+           'show_batch']
 
-# %% ../nbs/06b_figures.ipynb #847be1de
+# %% ../nbs/06b_figures.ipynb #efbe8c50
 import numpy as np
 from matplotlib import pyplot as plt
 
 from .memory import camera_entropy
 from .viz import cluster_colors, draw_clusters
 
-# %% ../nbs/06b_figures.ipynb #edaa451e
+# %% ../nbs/06b_figures.ipynb #00c0e395
 BLUE, ORANGE, GREEN, RED, GREY = '#0072B2', '#E69F00', '#009E73', '#D55E00', '#9a9a9a'
 
 
@@ -28,7 +29,7 @@ def panels(
     plt.close(fig)
     return fig, list(axes[0])
 
-# %% ../nbs/06b_figures.ipynb #9ba4a569
+# %% ../nbs/06b_figures.ipynb #e6760514
 def show_people(
     split,  # of a data set: `image(i)`, `pids`, `camids`
     people=2,  # how many, or their pids
@@ -49,7 +50,7 @@ def show_people(
         ax.set_title(f'camera {camid}', fontsize=7)
     return fig
 
-# %% ../nbs/06b_figures.ipynb #b309f16c
+# %% ../nbs/06b_figures.ipynb #2e7ba2e8
 def near_pairs(
     distances,  # (N, N) dense
     pids,  # (N,)
@@ -65,7 +66,7 @@ def near_pairs(
     counts = np.asarray(counts)
     return np.cumsum(right)[counts - 1] / counts, np.cumsum(across)[counts - 1]
 
-# %% ../nbs/06b_figures.ipynb #205f3efe
+# %% ../nbs/06b_figures.ipynb #4dfd8305
 def plot_near_pairs(
     distances: dict,  # name: (N, N) dense
     pids,  # (N,)
@@ -89,7 +90,7 @@ def plot_near_pairs(
         fig.suptitle(title, fontsize=11)
     return fig
 
-# %% ../nbs/06b_figures.ipynb #7a5bba80
+# %% ../nbs/06b_figures.ipynb #778f832c
 def plot_labelings(
     xy,  # map (N, 2)
     labelings: dict,  # title: labels (N,), -1 = outlier
@@ -103,7 +104,7 @@ def plot_labelings(
         fig.suptitle(title, fontsize=11)
     return fig
 
-# %% ../nbs/06b_figures.ipynb #73a2259c
+# %% ../nbs/06b_figures.ipynb #04bc5dee
 def plot_round(
     xy,  # map (N, 2)
     state,  # `ccc.hdc.Round`
@@ -123,7 +124,7 @@ def plot_round(
         ax.set(xticks=[], yticks=[], aspect='equal')
     return fig
 
-# %% ../nbs/06b_figures.ipynb #24501cc5
+# %% ../nbs/06b_figures.ipynb #4cff103e
 def main_people(
     labels,  # (N,) int, -1 = outlier; clusters 0..K-1
     pids,  # (N,)
@@ -141,7 +142,7 @@ def is_right(
     labels = np.asarray(labels)
     return (main_people(labels, pids)[labels] == pids) & (labels >= 0)
 
-# %% ../nbs/06b_figures.ipynb #200b6597
+# %% ../nbs/06b_figures.ipynb #237f6168
 def plot_outlier_removal(
     confidence,  # (N,) in [0, 1]
     right,  # (N,) bool, as of `is_right`
@@ -165,7 +166,7 @@ def plot_outlier_removal(
         fig.suptitle(title, fontsize=11)
     return fig
 
-# %% ../nbs/06b_figures.ipynb #f11d16ed
+# %% ../nbs/06b_figures.ipynb #8cbed20b
 def cluster_quality(
     labels,  # (N,) int, -1 = outlier
     pids,  # (N,)
@@ -177,7 +178,7 @@ def cluster_quality(
     of_person = np.array([np.sum(pids == person) for person in people])
     return own / np.bincount(labels[labels >= 0]), own / of_person
 
-# %% ../nbs/06b_figures.ipynb #49c4bca5
+# %% ../nbs/06b_figures.ipynb #cbba1ad8
 def plot_camera_weights(
     labels,  # (N,) int, -1 = outlier
     pids,  # (N,)
@@ -197,7 +198,7 @@ def plot_camera_weights(
         fig.suptitle(title, fontsize=11)
     return fig
 
-# %% ../nbs/06b_figures.ipynb #e60c1851
+# %% ../nbs/06b_figures.ipynb #aff3856b
 def own_and_next(
     x,  # (N, D) unit norm
     labels,  # (N,) int, -1 = outlier: left out
@@ -213,7 +214,7 @@ def own_and_next(
     similar[rows, own] = -1
     return of_own, similar.max(1)
 
-# %% ../nbs/06b_figures.ipynb #fb4226fe
+# %% ../nbs/06b_figures.ipynb #d0b90526
 def plot_own_and_next(
     embeddings: dict,  # title: (N, D) unit norm
     labels,  # (N,) int, -1 = outlier
@@ -232,7 +233,42 @@ def plot_own_and_next(
         ax.set_ylim(0, top)
     return fig
 
-# %% ../nbs/06b_figures.ipynb #6d688cfa
+# %% ../nbs/06b_figures.ipynb #4e7e8112
+def pair_similarities(
+    x,  # (N, D) unit norm
+    pids,  # (N,)
+    camids,  # (N,)
+) -> tuple:  # cosines of one person under two cameras (P,); of two people under one camera (Q,)
+    "Similarities of the pairs that must be near and of those that must not, in spite of the camera."
+    row, column = np.triu_indices(len(x), 1)
+    similar = (x @ x.T)[row, column]
+    one_person, one_camera = pids[row] == pids[column], camids[row] == camids[column]
+    return similar[one_person & ~one_camera], similar[~one_person & one_camera]
+
+# %% ../nbs/06b_figures.ipynb #fd3596de
+def plot_pair_similarities(
+    embeddings: dict,  # title: (N, D) unit norm
+    pids,  # (N,)
+    camids,  # (N,)
+):  # matplotlib Figure, closed
+    "Histograms of the two kinds of pairs, as shares of each kind, a panel for each set of embeddings."
+    fig, axes = panels(len(embeddings), 3.9, 2.6)
+    for ax, (name, x) in zip(axes, embeddings.items()):
+        near, far = pair_similarities(x, pids, camids)
+        edges = np.linspace(min(near.min(), far.min()), 1, 40)
+        for values, colour, text in (
+            (far, GREY, 'two people, one camera'),
+            (near, BLUE, 'one person, two cameras'),
+        ):
+            weights = np.full(len(values), 1 / len(values))
+            label = f'{text}, mean {values.mean():.2f}'
+            ax.hist(values, edges, weights=weights, color=colour, alpha=0.7, label=label)
+        ax.set(title=name, xlabel='cosine', ylabel='share of the pairs')
+        ax.set_ylim(0, 1.4 * ax.get_ylim()[1])
+        ax.legend(fontsize=8, frameon=False, loc='upper left')
+    return fig
+
+# %% ../nbs/06b_figures.ipynb #43da98ac
 def plot_losses(
     losses,  # (T,) of successive steps
     guess: float,  # of guessing
@@ -245,7 +281,7 @@ def plot_losses(
     ax.legend(frameon=False, fontsize=9)
     return fig
 
-# %% ../nbs/06b_figures.ipynb #34e83030
+# %% ../nbs/06b_figures.ipynb #c12de07a
 def show_batch(
     images,  # (B, 3, H, W) float32, normalised as in training
     y,  # (B,) cluster of each

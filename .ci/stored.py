@@ -173,6 +173,7 @@ QUOTED_BY = {
         '05b_widgets',
         '06_memory',
         '06a_confidence',
+        '06b_figures',
         '07_evaluation',
         'tutorials/evolution',
         'index',

@@ -8,14 +8,14 @@ __all__ = ['BLUE', 'ORANGE', 'GREEN', 'RED', 'GREY', 'panels', 'show_people', 'p
            'cluster_quality', 'plot_camera_weights', 'own_and_next', 'plot_own_and_next', 'pair_similarities',
            'plot_pair_similarities', 'plot_losses', 'show_batch']
 
-# %% ../nbs/06b_figures.ipynb #b68f7065
+# %% ../nbs/06b_figures.ipynb #069954bc
 import numpy as np
 from matplotlib import pyplot as plt
 
 from .memory import camera_entropy
 from .viz import cluster_colors, draw_clusters
 
-# %% ../nbs/06b_figures.ipynb #b190dcf7
+# %% ../nbs/06b_figures.ipynb #dc598a62
 BLUE, ORANGE, GREEN, RED, GREY = '#0072B2', '#E69F00', '#009E73', '#D55E00', '#9a9a9a'
 
 
@@ -29,7 +29,7 @@ def panels(
     plt.close(fig)
     return fig, list(axes[0])
 
-# %% ../nbs/06b_figures.ipynb #cffb1233
+# %% ../nbs/06b_figures.ipynb #7dd665ae
 def show_people(
     split,  # of a data set: `image(i)`, `pids`, `camids`
     people=2,  # how many, or their pids
@@ -51,7 +51,7 @@ def show_people(
         ax.set_title(f'camera {camid}', fontsize=7)
     return fig
 
-# %% ../nbs/06b_figures.ipynb #9bfe8a04
+# %% ../nbs/06b_figures.ipynb #e9122530
 def plot_cameras_people(
     xy,  # map (N, 2)
     camids,  # (N,)
@@ -60,7 +60,7 @@ def plot_cameras_people(
     title=None,  # above
 ):  # matplotlib Figure, closed
     "A map coloured by camera, and the same map with some people in colour."
-    fig, (left, right) = panels(2, 3.4, 3.4)
+    fig, (left, right) = panels(2, 3.1, 3.1)
     colours = plt.get_cmap('tab10' if people <= 10 else 'Paired').colors
     for camera in np.unique(camids):
         at = xy[camids == camera]
@@ -78,7 +78,7 @@ def plot_cameras_people(
         fig.suptitle(title, fontsize=11)
     return fig
 
-# %% ../nbs/06b_figures.ipynb #f1dec326
+# %% ../nbs/06b_figures.ipynb #7f9ceaef
 def near_pairs(
     distances,  # (N, N) dense
     pids,  # (N,)
@@ -94,7 +94,7 @@ def near_pairs(
     counts = np.asarray(counts)
     return np.cumsum(right)[counts - 1] / counts, np.cumsum(across)[counts - 1]
 
-# %% ../nbs/06b_figures.ipynb #14bdce71
+# %% ../nbs/06b_figures.ipynb #2745b29f
 def plot_near_pairs(
     distances: dict,  # name: (N, N) dense
     pids,  # (N,)
@@ -104,7 +104,7 @@ def plot_near_pairs(
 ):  # matplotlib Figure, closed
     "For each distance, how many of its nearest pairs show one person, and how many of those two cameras."
     counts = np.arange(200, most + 1, 200)
-    fig, axes = panels(2, 3.9, 2.7)
+    fig, axes = panels(2, 3.6, 2.6)
     for (name, d), colour in zip(distances.items(), (GREY, BLUE, ORANGE, GREEN)):
         for ax, values in zip(axes, near_pairs(d, pids, camids, counts)):
             ax.plot(counts, values, color=colour, label=name, linewidth=2)
@@ -118,21 +118,21 @@ def plot_near_pairs(
         fig.suptitle(title, fontsize=11)
     return fig
 
-# %% ../nbs/06b_figures.ipynb #19ef60da
+# %% ../nbs/06b_figures.ipynb #8a6bfd70
 def plot_labelings(
     xy,  # map (N, 2)
     labelings: dict,  # title: labels (N,), -1 = outlier
     title=None,  # above
 ):  # matplotlib Figure, closed
     "The same map under different labels, a panel for each."
-    fig, axes = panels(len(labelings), 3.4, 3.5)
+    fig, axes = panels(len(labelings), 3.2, 3.3)
     for ax, (name, labels) in zip(axes, labelings.items()):
         draw_clusters(ax, xy, labels, name)
     if title:
         fig.suptitle(title, fontsize=11)
     return fig
 
-# %% ../nbs/06b_figures.ipynb #1ffdc29c
+# %% ../nbs/06b_figures.ipynb #96caec2d
 def plot_round(
     xy,  # map (N, 2)
     state,  # `ccc.hdc.Round`
@@ -141,7 +141,7 @@ def plot_round(
 ):  # matplotlib Figure, closed
     "Clusters after one round of HDC, and its peripheral objects as crosses."
     colors = cluster_colors(state.labels, xy) if colors is None else colors
-    fig, (left, right) = panels(2, 3.3, 3.4)
+    fig, (left, right) = panels(2, 3.0, 3.1)
     left.scatter(*xy.T, s=10, c=colors[state.labels])
     out = state.peripheral
     right.scatter(*xy[~out].T, s=8, color='#c3d3e3')
@@ -152,7 +152,7 @@ def plot_round(
         ax.set(xticks=[], yticks=[], aspect='equal')
     return fig
 
-# %% ../nbs/06b_figures.ipynb #82c075fd
+# %% ../nbs/06b_figures.ipynb #95fdb3a9
 def main_people(
     labels,  # (N,) int, -1 = outlier; clusters 0..K-1
     pids,  # (N,)
@@ -170,7 +170,7 @@ def is_right(
     labels = np.asarray(labels)
     return (main_people(labels, pids)[labels] == pids) & (labels >= 0)
 
-# %% ../nbs/06b_figures.ipynb #6a971ef7
+# %% ../nbs/06b_figures.ipynb #5bc76f46
 def plot_outlier_removal(
     confidence,  # (N,) in [0, 1]
     right,  # (N,) bool, as of `is_right`
@@ -179,7 +179,7 @@ def plot_outlier_removal(
     title=None,  # above
 ):  # matplotlib Figure, closed
     "Share of right images by confidence, and right and wrong images inside the clusters and taken out."
-    fig, (ax, total) = panels(2, 3.9, 2.7)
+    fig, (ax, total) = panels(2, 3.6, 2.6)
     groups = np.array_split(np.argsort(confidence, kind='stable'), bins)
     ax.bar(range(1, bins + 1), [right[g].mean() for g in groups], color=BLUE)
     ax.set(xlabel='tenth of the images, least confident first', ylabel='right in their cluster', ylim=(0, 1))
@@ -194,7 +194,7 @@ def plot_outlier_removal(
         fig.suptitle(title, fontsize=11)
     return fig
 
-# %% ../nbs/06b_figures.ipynb #8342e7dc
+# %% ../nbs/06b_figures.ipynb #c3b94f02
 def cluster_quality(
     labels,  # (N,) int, -1 = outlier
     pids,  # (N,)
@@ -206,7 +206,7 @@ def cluster_quality(
     of_person = np.array([np.sum(pids == person) for person in people])
     return own / np.bincount(labels[labels >= 0]), own / of_person
 
-# %% ../nbs/06b_figures.ipynb #6a03b6bf
+# %% ../nbs/06b_figures.ipynb #27f60eb4
 def plot_camera_weights(
     labels,  # (N,) int, -1 = outlier
     pids,  # (N,)
@@ -216,7 +216,7 @@ def plot_camera_weights(
     "Purity and coverage of each cluster against its camera entropy; the size of a dot is its weight."
     members = np.asarray(labels) >= 0
     _, bits, weights = (a.numpy() for a in camera_entropy(labels[members], camids[members]))
-    fig, axes = panels(2, 3.9, 2.8)
+    fig, axes = panels(2, 3.6, 2.6)
     for ax, values, name in zip(axes, cluster_quality(labels, pids), ('purity', 'coverage')):
         ax.scatter(bits, values, s=20 * weights, color=ORANGE, alpha=0.7, edgecolors='white', linewidths=0.4)
         for part in np.array_split(np.argsort(bits, kind='stable'), 3):
@@ -226,7 +226,7 @@ def plot_camera_weights(
         fig.suptitle(title, fontsize=11)
     return fig
 
-# %% ../nbs/06b_figures.ipynb #cf8436af
+# %% ../nbs/06b_figures.ipynb #7de141c8
 def own_and_next(
     x,  # (N, D) unit norm
     labels,  # (N,) int, -1 = outlier: left out
@@ -242,13 +242,13 @@ def own_and_next(
     similar[rows, own] = -1
     return of_own, similar.max(1)
 
-# %% ../nbs/06b_figures.ipynb #fa0a7e62
+# %% ../nbs/06b_figures.ipynb #682e38b8
 def plot_own_and_next(
     embeddings: dict,  # title: (N, D) unit norm
     labels,  # (N,) int, -1 = outlier
 ):  # matplotlib Figure, closed
     "Histograms of the similarity to the own and to the next centroid, a panel for each set of embeddings."
-    fig, axes = panels(len(embeddings), 3.9, 2.6)
+    fig, axes = panels(len(embeddings), 3.6, 2.5)
     pairs = [own_and_next(x, labels) for x in embeddings.values()]
     edges = np.linspace(min(p.min() for pair in pairs for p in pair), 1, 40)
     for ax, name, (own, other) in zip(axes, embeddings, pairs):
@@ -261,7 +261,7 @@ def plot_own_and_next(
         ax.set_ylim(0, top)
     return fig
 
-# %% ../nbs/06b_figures.ipynb #759254ae
+# %% ../nbs/06b_figures.ipynb #299ac592
 def pair_similarities(
     x,  # (N, D) unit norm
     pids,  # (N,)
@@ -273,14 +273,14 @@ def pair_similarities(
     one_person, one_camera = pids[row] == pids[column], camids[row] == camids[column]
     return similar[one_person & ~one_camera], similar[~one_person & one_camera]
 
-# %% ../nbs/06b_figures.ipynb #4bc1e1ce
+# %% ../nbs/06b_figures.ipynb #d94cec8a
 def plot_pair_similarities(
     embeddings: dict,  # title: (N, D) unit norm
     pids,  # (N,)
     camids,  # (N,)
 ):  # matplotlib Figure, closed
     "Histograms of the two kinds of pairs, as shares of each kind, a panel for each set of embeddings."
-    fig, axes = panels(len(embeddings), 3.9, 2.6)
+    fig, axes = panels(len(embeddings), 3.6, 2.5)
     for ax, (name, x) in zip(axes, embeddings.items()):
         near, far = pair_similarities(x, pids, camids)
         edges = np.linspace(min(near.min(), far.min()), 1, 40)
@@ -296,7 +296,7 @@ def plot_pair_similarities(
         ax.legend(fontsize=8, frameon=False, loc='upper left')
     return fig
 
-# %% ../nbs/06b_figures.ipynb #57f9f654
+# %% ../nbs/06b_figures.ipynb #c197a16f
 def plot_losses(
     losses,  # (T,) of successive steps
     guess: float,  # of guessing
@@ -309,7 +309,7 @@ def plot_losses(
     ax.legend(frameon=False, fontsize=9)
     return fig
 
-# %% ../nbs/06b_figures.ipynb #0181a1d0
+# %% ../nbs/06b_figures.ipynb #fe415069
 def show_batch(
     images,  # (B, 3, H, W) float32, normalised as in training
     y,  # (B,) cluster of each

@@ -57,7 +57,7 @@ def test_a_stored_file_is_a_model():
     assert model.info['arch'] == 'small' and model.info['dim'] == 256
 
 
-def test_the_command_that_makes_them_writes_the_same_bytes(tmp_path, monkeypatch):
+def test_the_command_that_makes_them_writes_the_same_network(tmp_path, monkeypatch):
     "`write_stage` of a run whose last checkpoint is the stored network gives the file back."
     from safetensors.torch import load_file, save_file
 
@@ -71,10 +71,13 @@ def test_the_command_that_makes_them_writes_the_same_bytes(tmp_path, monkeypatch
     (run / 'metrics.jsonl').write_bytes((RUN / 'metrics.jsonl').read_bytes())
     weights = {name: t.float() if t.ndim > 1 else t for name, t in load_file(stage_file('trained')).items()}
     save_file(weights, run / f'checkpoints/epoch_{STAGES["trained"] - 1:03d}.safetensors')
-    stored = stage_file('trained').read_bytes()
+    stored, facts = load_file(stage_file('trained')), stage_facts('trained')
     monkeypatch.setattr(stages, 'stage_file', lambda stage: tmp_path / f'{stage}.safetensors')
     stages.write_stage('trained', run)
-    assert (tmp_path / 'trained.safetensors').read_bytes() == stored
+    written = load_file(tmp_path / 'trained.safetensors')
+    assert written.keys() == stored.keys() and stages.stage_facts('trained') == facts
+    assert all(torch.equal(written[name], stored[name]) for name in stored)
+    assert {t.dtype for t in written.values() if t.ndim > 1} == {torch.float16}
 
 
 def test_a_stage_that_is_none_is_refused():

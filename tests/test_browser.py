@@ -4,6 +4,7 @@ Without Chromium the test is skipped; with CCC_BROWSER=required (as CI sets it) 
 """
 
 import importlib.util
+import json
 import os
 import shutil
 import time
@@ -114,19 +115,20 @@ def overlaps(boxes, slack=1):
 
 
 def test_step_through(lab, page, shot):
+    "Every cell runs; each control draws its picture again, and so does the switch between the networks."
     address, _ = lab
     page.open(address, 'nbs/tutorials/step_through.ipynb')
     assert page.run_all(900) == []
-    image = (
-        '[...document.querySelectorAll(".widget-vbox")].filter(e =>'
-        ' e.querySelector(".widget-label")?.textContent === "k1").at(-1).querySelector("img")'
-    )
-    before = page.js(f'{image}.src')
-    move(page, 'k1')
-    page.until(f'{image}.src !== "{before}"', 60)  # the consequence is drawn
-    shot('step_through_k1')
-    move(page, 'round')
-    shot('step_through_round')
+    for label in ('k1', 'eps', 'round', 'n_sigma', 'stage'):
+        panel = (
+            '[...document.querySelectorAll(".widget-vbox")].filter(e =>'
+            f' [...e.querySelectorAll(".widget-label")].some(l => l.textContent === "{label}")).at(-1)'
+        )
+        before = page.js(f'[{panel}.querySelector("img").src, {panel}.querySelector("pre").textContent]')
+        move(page, label)
+        page.until(f'{panel}.querySelector("img").src !== "{before[0]}"', 60)  # the consequence is drawn
+        page.until(f'{panel}.querySelector("pre").textContent !== {json.dumps(before[1])}', 60)
+        shot(f'step_through_{label}')
 
 
 def test_evolution(lab, page, shot):

@@ -112,7 +112,8 @@ def test_wheel_holds_compiled_kernels(wheel):
         assert any(re.fullmatch(rf'ccc/{kernel.stem}\..*(so|pyd)', name) for name in names), (
             f'{kernel.stem} is not compiled in {names}'
         )
-    assert {'ccc/report.ipynb', 'ccc/city.npz'} <= set(names)
+    data = 'report.ipynb', 'city.npz', 'city_half-way.safetensors', 'city_trained.safetensors'
+    assert {f'ccc/{name}' for name in data} <= set(names)
     assert not any(name.startswith(('tests/', 'nbs/')) for name in names)
     tutorials = {f'ccc/tutorials/{p.name}' for p in (ROOT / 'nbs/tutorials').glob('*.ipynb')}
     assert {'ccc/py.typed', *tutorials} <= set(names)

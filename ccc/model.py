@@ -295,7 +295,7 @@ def _of_run(path, device, checkpoint):
     last = (checkpoints(folder) or [folder / 'epoch_000.pt'])[-1]
     file = folder / 'best.pt' if checkpoint == 'best' else last
     if not file.is_file():
-        raise ValueError(f'the run has no checkpoint to load: no {file.name} in {folder}')
+        raise ValueError(f'a run needs a checkpoint to load, got none named {file.name} in {folder}')
     return _of_checkpoint(file, device, path)
 
 # %% ../nbs/08b_model.ipynb #870aef66

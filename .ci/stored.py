@@ -37,10 +37,11 @@ from ccc.training import Trainer
 ROOT = Path(__file__).resolve().parents[1]
 STORED, WORK = ROOT / 'nbs/tutorials/runs', ROOT / 'logs/stored'
 CHECKED_EPOCHS = 2  # of each run that is compared
-LOSS_TOLERANCE = 0.02  # relative
-# absolute: a second number of threads changed it by .008 in the city's first two epochs
-# (tests/benchmarks/threads.py)
-MAP_TOLERANCE = 0.03
+# Another kind of CPU rounds otherwise, and training amplifies it. The runs were made on an AMD EPYC. An Intel
+# Xeon changed the loss of the first epoch by .6 % at most, that of the second by 6.8 %, and mAP by .041
+# (2026-11-27, torch 2.14.1). A second thread changes less (tests/benchmarks/threads.py).
+LOSS_TOLERANCE = (0.02, 0.1)  # relative, in the first epoch and in later ones
+MAP_TOLERANCE = 0.06  # absolute
 CAMERALESS = Path('logs/stored/city_without_cameras.csv')  # seen from ROOT
 
 CITY = recipe('city', maps=False)
@@ -245,7 +246,8 @@ def differences(rows: list, stored: list) -> list:  # rows of metrics.jsonl -> s
     "In which of the compared numbers a run departs from the stored one."
     out = []
     for row, was in zip(rows, stored):
-        if abs(row['loss'] - was['loss']) > LOSS_TOLERANCE * was['loss']:
+        tolerance = LOSS_TOLERANCE[row['epoch'] > 0]
+        if abs(row['loss'] - was['loss']) > tolerance * was['loss']:
             out.append(f'epoch {row["epoch"] + 1}: loss {row["loss"]:.4f}, stored {was["loss"]:.4f}')
         if 'mAP' in was and abs(row['mAP'] - was['mAP']) > MAP_TOLERANCE:
             out.append(

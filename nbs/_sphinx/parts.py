@@ -11,9 +11,9 @@ PARTS = {
     'Training and runs': '08a_config 08f_epoch 08_training 08e_parts 08d_runs 08c_engine 08g_faults',
     'Using a model': '08b_model 01b_folder',
     'Experiments': '09_experiments 09b_studies 09c_choosing',
-    'Pictures': '00_viz 05a_evolution 05b_widgets 09a_report',
+    'Pictures': '00_viz 05a_evolution 05b_widgets 06b_figures 09a_report',
     'Command line': '10_cli options 10b_main',
-    'Under the hood': '02a_gate 03a_neighbors_kernels 03b_neighbors_torch 04a_hdc_kernels 04b_hdc_torch'
+    'Under the hood': '02a_gate 03a_neighbors_kernels 03b_neighbors_torch 04a_hdc_kernels 04b_hdc_torch 04c_hdc_distances'
     ' 07a_evaluation_kernels 00a_writing 10a_init contributing changelog',
 }
 

@@ -64,7 +64,7 @@ def stage_facts(
     from safetensors import safe_open
 
     with safe_open(stage_file(stage), 'pt') as file:
-        facts = dict(file.metadata())
+        facts = dict(sorted(file.metadata().items()))
     return facts | dict(epoch=int(facts['epoch']), mAP=float(facts['mAP']), numerics=int(facts['numerics']))
 
 

@@ -122,9 +122,8 @@ class KeepingSettings:
     # none: squared Euclidean; all three rank alike, re-ranking does not
     eval_dist: Literal['none', 'Euclidean', 'Cosine'] = 'none'
     rerank: bool = False  # k-reciprocal re-ranking in the evaluation
-    eval_and_ckpt: bool = (
-        False  # store the checkpoint of every evaluated epoch, not only the last two and the best
-    )
+    # store the checkpoint of every evaluated epoch, not only the last two and the best
+    eval_and_ckpt: bool = False
     maps: bool = True  # store a UMAP of at most 1000 training images each epoch
     ckpt_dir: str = 'ckpt'  # the default stores checkpoints in the run's folder
     log_dir: str = 'logs'  # folder of the run folders

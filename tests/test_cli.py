@@ -3,9 +3,11 @@
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -366,3 +368,18 @@ def test_a_file_of_somebody_else_stays_without_force(words, whole_run, tmp_path,
     (tmp_path / FOREIGN[words][1]).write_text('somebody wrote this')
     assert main([*command, '--force']) == 0
     assert (tmp_path / FOREIGN[words][1]).read_bytes() != b'somebody wrote this'
+
+
+def test_every_option_says_what_it_is(capsys):
+    "The words of `ccc train --help` stand for every setting, not only its default."
+    with pytest.raises(SystemExit):
+        train_options(['--help'])
+    text = ' '.join(capsys.readouterr().out.replace('│', ' ').split())
+    for f in fields(Config):
+        at = re.search(f'--{f.name.replace("_", "-")}[ ,]', text)
+        if at is None:
+            assert f.name == 'recipe'  # it is read before the settings
+            continue
+        after = text[at.start() :].split('(default')[0]
+        words = [w for w in after.split() if not w.startswith('-') and not w.isupper() and '{' not in w]
+        assert len(words) >= 2, (f.name, after)

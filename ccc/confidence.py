@@ -381,7 +381,9 @@ def _rule_table(ax, choices, h, images, moves, marked, most=6):
             weight='bold' if rule == marked else None,
         )
         for k, i in enumerate(taken[:most] if images is not None and taken != [-1] else ()):
-            ax.inset_axes([0.5 + 0.085 * k, (row + 0.03) / n, 0.08, 0.94 / n]).imshow(image_pixels(images, i))
+            ax.inset_axes([0.58 + 0.07 * k, (row + 0.03) / n, 0.066, 0.94 / n]).imshow(
+                image_pixels(images, i)
+            )
     for child in ax.child_axes:
         child.axis('off')
 

@@ -15,6 +15,8 @@ __all__ = ['CLUSTERERS', 'NETWORKS', 'STUDIES', 'MAIN_CLAIMS', 'OTHER_CLAIMS', '
 import csv
 import json
 import os
+import signal
+import threading
 import time
 import traceback
 import warnings
@@ -308,7 +310,10 @@ def on_ray(
     if started:
         os.environ.setdefault('RAY_worker_niceness', '0')  # Ray's 15 starves a run beside other work
         quiet = dict(include_dashboard=False, log_to_driver=False, logging_level='error')
+        handler = signal.getsignal(signal.SIGTERM)
         ray.init(address, **quiet, **({} if address else dict(num_cpus=joblib.cpu_count())))
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)  # Ray's own would end this process at once
     task = ray.remote(train_run).options(max_retries=3, **run_share(ray.cluster_resources(), base, jobs))
     first, runs = {}, {}
     for p in planned:

@@ -199,22 +199,19 @@ def has_begun(folder):
     return any(read_metrics(run) for run in find_runs(folder).values())
 
 
-@pytest.mark.parametrize('words', [(), ('2',)], ids=['one after another', 'on Ray'])
-def test_killed_stopped_and_gone_on_with(tmp_path, in_turn, words):
-    if words:
-        pytest.importorskip('ray')
-    killed = begin(tmp_path, *words)
+def test_killed_stopped_and_gone_on_with(tmp_path, in_turn):
+    killed = begin(tmp_path)
     wait_for(lambda: has_begun(tmp_path))
     killed.kill()
     killed.communicate()
     wait_for(lambda: free(tmp_path))
-    stopped = begin(tmp_path, *words)
+    stopped = begin(tmp_path)
     wait_for(lambda: len(find_runs(tmp_path)) == 2)
     stopped.send_signal(signal.SIGTERM)
     printed = stopped.communicate(timeout=400)[0]
     assert stopped.returncode != 0 and 'runs under way are saved' in printed, printed
     wait_for(lambda: free(tmp_path))
-    last = begin(tmp_path, *words)
+    last = begin(tmp_path)
     printed = last.communicate(timeout=400)[0]
     assert last.returncode == 0, printed
     assert numbers(tmp_path) == in_turn
@@ -226,6 +223,14 @@ def workers(parent):
 
     below = psutil.Process(parent).children(recursive=True)
     return [p for p in below if 'ray::train_run' in ' '.join(p.cmdline()) or 'ray::train_run' in p.name()]
+
+
+def test_on_ray_the_numbers_are_the_same(tmp_path, in_turn):
+    pytest.importorskip('ray')
+    study = begin(tmp_path, '2')
+    printed = study.communicate(timeout=400)[0]
+    assert study.returncode == 0, printed
+    assert numbers(tmp_path) == in_turn
 
 
 def test_a_worker_that_is_killed_is_started_again(tmp_path, in_turn):
@@ -423,13 +428,16 @@ def test_a_run_has_its_share():
 def test_everything_is_imported_without_what_only_unix_has():
     "What Windows and macOS lack is taken away; every module is still imported."
     code = """
-import os, sys
+import importlib, os, pathlib, sys, ccc
+def import_all():
+    for path in pathlib.Path(ccc.__file__).parent.glob('*.py'):
+        if not path.stem.startswith('__'): importlib.import_module(f'ccc.{path.stem}')
+import_all()                     # with everything that others need of this machine
+for name in [name for name in sys.modules if name.startswith('ccc.') and '_kernels' not in name]:
+    del sys.modules[name]
 for name in ('fcntl', 'resource', 'pwd', 'grp', 'termios'): sys.modules[name] = None
-import importlib, pathlib, ccc
-names = ('sched_getaffinity', 'register_at_fork', 'fork', 'geteuid', 'uname')
-for name in names: delattr(os, name)
-for path in pathlib.Path(ccc.__file__).parent.glob('*.py'):
-    if not path.stem.startswith('__'): importlib.import_module(f'ccc.{path.stem}')
+for name in ('sched_getaffinity', 'register_at_fork', 'fork', 'geteuid', 'uname'): delattr(os, name)
+import_all()
 """
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

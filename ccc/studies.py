@@ -311,7 +311,7 @@ def on_ray(
         os.environ.setdefault('RAY_worker_niceness', '0')  # Ray's 15 starves a run beside other work
         quiet = dict(include_dashboard=False, log_to_driver=False, logging_level='error')
         handler = signal.getsignal(signal.SIGTERM)
-        ray.init(address, **quiet, **({} if address else dict(num_cpus=joblib.cpu_count())))
+        ray.init(address or 'local', **quiet, **({} if address else dict(num_cpus=joblib.cpu_count())))
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)  # Ray's own would end this process at once
     task = ray.remote(train_run).options(max_retries=3, **run_share(ray.cluster_resources(), base, jobs))

@@ -330,7 +330,8 @@ def on_ray(
     finally:
         for ref in waiting:
             ray.cancel(ref)  # as Ctrl-C in its process: the run saves
-        ray.wait(waiting, num_returns=len(waiting), timeout=600) if waiting else None
+        if waiting:
+            ray.wait(waiting, num_returns=len(waiting), timeout=600)
         if started:
             ray.shutdown()
 

@@ -86,6 +86,7 @@ class CentroidDistances:
     x: np.ndarray  # (N, D) float32
     metric: str  # a key of METRICS
     block: int = 1024  # samples in one matrix product
+    agree: Callable = float  # a value of this process -> the largest of all processes
     n_columns: int = 0  # columns of the product so far, to be looked at
     n_pairs: int = 0  # pairs computed so far in search of the largest, to be looked at
 
@@ -117,14 +118,16 @@ class CentroidDistances:
         if self.metric == 'cosine':
             return 2.0
         self.maximum = 0.0
-        self.consider(f, self.farthest[0], np.array([self.farthest[1]]), np.array([0]))
+        if len(self.x):
+            self.consider(f, self.farthest[0], np.array([self.farthest[1]]), np.array([0]))
+        self.maximum = self.agree(self.maximum)
         columns = self.reachable(f)
         for lo, bounds in self.upper_bounds(f[columns]) if len(columns) else ():
             self.bounds[columns] = np.maximum(self.bounds[columns], bounds.max(0))
             # the best first: it leaves few others
             self.consider(f, lo, columns, bounds.argmax(keepdims=True).ravel())
             self.consider(f, lo, columns, self.promising(f, lo, columns, bounds))
-        return self.maximum
+        return self.agree(self.maximum)
 
     def reachable(self, f):
         """Columns in which, by the triangle inequality, a sample may be farther than the maximum so far.

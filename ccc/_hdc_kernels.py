@@ -56,6 +56,7 @@ def _inside(r: cython.longlong, size: cython.Py_ssize_t) -> cython.bint:
 @cython.exceptval(check=False)
 def _candidates(
     i: cython.Py_ssize_t,
+    row: cython.Py_ssize_t,
     t: cython.Py_ssize_t,
     ip: cython.const[_Index][::1],
     ix: cython.const[_Index][::1],
@@ -84,7 +85,7 @@ def _candidates(
         who[t, c] = i
         clusters[t, 0] = c
         n = 1
-    for p in range(ip[i], ip[i + 1]):
+    for p in range(ip[row], ip[row + 1]):
         r = ix[p]
         if not _inside(r, size):
             return -1
@@ -104,6 +105,7 @@ def _candidates(
 @cython.exceptval(check=False)
 def _compete(
     i: cython.Py_ssize_t,
+    row: cython.Py_ssize_t,
     t: cython.Py_ssize_t,
     ip: cython.const[_Index][::1],
     ix: cython.const[_Index][::1],
@@ -121,7 +123,7 @@ def _compete(
     r: cython.int
     c: cython.int
     score: cython.float
-    for p in range(ip[i], ip[i + 1]):
+    for p in range(ip[row], ip[row + 1]):
         r = ix[p]
         c = place[r]
         if upper[r] >= need[t, c] and r != i:
@@ -139,6 +141,7 @@ def _compete(
 def _assign_block(
     lo: cython.Py_ssize_t,
     hi: cython.Py_ssize_t,
+    first: cython.Py_ssize_t,
     t: cython.Py_ssize_t,
     ip: cython.const[_Index][::1],
     ix: cython.const[_Index][::1],
@@ -161,6 +164,7 @@ def _assign_block(
 ) -> cython.int:
     "1 where a column lies beyond the graph, else 0."
     i: cython.Py_ssize_t
+    row: cython.Py_ssize_t
     n: cython.int
     s: cython.int
     c: cython.int
@@ -168,11 +172,12 @@ def _assign_block(
     best: cython.float
     label: cython.int
     missing: cython.double
-    for i in range(lo, hi):
-        n = _candidates(i, t, ip, ix, a, place, m, strongest, near, clusters, need, value, who)
+    for row in range(lo, hi):
+        i = first + row
+        n = _candidates(i, row, t, ip, ix, a, place, m, strongest, near, clusters, need, value, who)
         if n < 0:
             return 1
-        _compete(i, t, ip, ix, a, place, m, upper, near, need, value, who)
+        _compete(i, row, t, ip, ix, a, place, m, upper, near, need, value, who)
         best = ceiling
         label = 0
         missing = 0
@@ -189,16 +194,18 @@ def _assign_block(
                 best = value[t, c]
                 label = c
             missing += cython.cast(cython.double, ceiling) - cython.cast(cython.double, value[t, c])
-        nearest[i] = label - 1
-        smallest[i] = best
-        total[i] = (start.shape[0] - 1) * cython.cast(cython.double, ceiling) - missing
+        nearest[row] = label - 1
+        smallest[row] = best
+        total[row] = (start.shape[0] - 1) * cython.cast(cython.double, ceiling) - missing
     return 0
 
 # %% ../nbs/04a_hdc_kernels.ipynb #5be794a9
-def _check(ip, ix, a, labels, m, order, start, ceiling):
+def _check(ip, ix, a, labels, m, order, start, ceiling, first):
     "ValueError where arrays do not fit together; columns are looked at in the loop."
-    n, k = len(labels), len(start) - 1
-    gate.offsets('offsets of the graph', ip, n, len(ix))
+    n, k, rows = len(labels), len(start) - 1, len(ip) - 1
+    if not 0 <= first <= first + rows <= n:
+        raise ValueError(f'rows of the graph must be of {n} samples; got {rows} from number {first} on')
+    gate.offsets('offsets of the graph', ip, rows, len(ix))
     gate.same_length(columns=ix, discrepancies=a)
     gate.same_length(labels=labels, memberships=m)
     if k < 1:
@@ -223,7 +230,9 @@ def _check(ip, ix, a, labels, m, order, start, ceiling):
 # %% ../nbs/04a_hdc_kernels.ipynb #a6a3c477
 def assign(
     ip: cython.const[_Index][::1],
-    ix: cython.const[_Index][::1],  # graph (N, N): CSR offsets and columns, both int32 or both int64
+    ix: cython.const[_Index][
+        ::1
+    ],  # rows of the graph (n, N): CSR offsets and columns, both int32 or both int64
     a: _F1,  # discrepancies of the stored pairs, float32 in [0, ceiling]
     labels: _I1,  # (N,) int32 cluster of each sample, -1: member of none
     m: _F1,  # (N,) float32 membership of each sample in its own cluster
@@ -231,12 +240,14 @@ def assign(
     start: _L1,  # members by cluster, largest m first: order[start[j]:start[j + 1]]
     ceiling: cython.float,  # discrepancy of pairs that are not stored
     n_threads: cython.int = 0,  # 0: every core
+    first: cython.Py_ssize_t = 0,  # the sample of the first row
 ):
-    "`(nearest cluster or -1, its H, the sum of H over all clusters)` of every sample."
+    "`(nearest cluster or -1, its H, the sum of H over all clusters)` of the sample of every row."
     n: cython.Py_ssize_t = labels.shape[0]
     k: cython.Py_ssize_t = start.shape[0] - 1
+    rows: cython.Py_ssize_t = ip.shape[0] - 1
     block: cython.Py_ssize_t = 64
-    blocks: cython.Py_ssize_t = (n + block - 1) // block
+    blocks: cython.Py_ssize_t = (rows + block - 1) // block
     nt: cython.int = gate.threads(n_threads, blocks)
     b: cython.Py_ssize_t
     _check(
@@ -248,19 +259,20 @@ def assign(
         np.asarray(order),
         np.asarray(start),
         ceiling,
+        first,
     )
-    first = np.asarray(start)[:-1][np.diff(start) > 0]
-    is_first = np.zeros(n, np.uint8)
-    is_first[np.asarray(order)[first]] = 1
+    strong = np.asarray(start)[:-1][np.diff(start) > 0]
+    is_strongest = np.zeros(n, np.uint8)
+    is_strongest[np.asarray(order)[strong]] = 1
     place: _I1 = np.asarray(labels) + np.int32(1)
     upper: _F1 = (ceiling * np.asarray(m) / (ceiling + np.asarray(m))).astype(np.float32)
-    strongest: _B1 = is_first
+    strongest: _B1 = is_strongest
     near: _MI2 = np.zeros((nt, n), np.int32)
     clusters: _MI2 = np.empty((nt, k), np.int32)
     need: _MF2 = np.full((nt, k + 1), 1e30, np.float32)
     value: _MF2 = np.empty((nt, k + 1), np.float32)
     who: _MI2 = np.empty((nt, k + 1), np.int32)
-    nearest_a, smallest_a, total_a = np.empty(n, np.int32), np.empty(n, np.float32), np.empty(n)
+    nearest_a, smallest_a, total_a = np.empty(rows, np.int32), np.empty(rows, np.float32), np.empty(rows)
     nearest: _MI1 = nearest_a
     smallest: _MF1 = smallest_a
     total: _MD1 = total_a
@@ -268,7 +280,8 @@ def assign(
     for b in prange(blocks, nogil=True, schedule='dynamic', num_threads=nt):
         wrong[b] = _assign_block(
             b * block,
-            min(n, (b + 1) * block),
+            min(rows, (b + 1) * block),
+            first,
             threadid(),
             ip,
             ix,

@@ -44,6 +44,7 @@ class CentroidDistances:
         x: torch.Tensor,  # (N, D) float32
         metric: str,  # 'euler_cosine', 'cosine' or 'euclidean'
         room: int = 2**26,  # dense entries at a time
+        agree=float,  # as of `ccc.hdc.CentroidDistances`; on a device one process has all samples
     ):
         self.metric = metric
         self.room = room
@@ -103,6 +104,8 @@ def assign(
     order: np.ndarray,  # members by cluster, largest m first
     start: np.ndarray,  # (K + 1,) where each cluster begins in `order`
     ceiling: float,  # discrepancy of pairs that are not stored
+    *,
+    first: int = 0,  # the sample of the first row; on a device one process has all rows
     room: int = 2**25,  # dense entries at a time
 ) -> tuple:  # nearest cluster or -1, its H, the sum of H over all clusters: NumPy, as of the kernel
     "The nearest cluster of every sample, by blocks on the device of the graph."

@@ -105,6 +105,7 @@ def _expand_row(
 def _count_sets(
     lo: cython.Py_ssize_t,
     hi: cython.Py_ssize_t,
+    first: cython.Py_ssize_t,
     t: cython.Py_ssize_t,
     k: cython.int,
     half: cython.int,
@@ -115,7 +116,7 @@ def _count_sets(
 ) -> cython.void:
     i: cython.Py_ssize_t
     for i in range(lo, hi):
-        count[i + 1] = _expand_row(i, t, k, half, ranked, mark, members)
+        count[i + 1] = _expand_row(first + i, t, k, half, ranked, mark, members)
 
 
 @cython.cfunc
@@ -124,6 +125,7 @@ def _count_sets(
 def _fill_sets(
     lo: cython.Py_ssize_t,
     hi: cython.Py_ssize_t,
+    first: cython.Py_ssize_t,
     t: cython.Py_ssize_t,
     k: cython.int,
     half: cython.int,
@@ -137,7 +139,7 @@ def _fill_sets(
     p: cython.int
     n: cython.int
     for i in range(lo, hi):
-        n = _expand_row(i, t, k, half, ranked, mark, members)
+        n = _expand_row(first + i, t, k, half, ranked, mark, members)
         for p in range(n):
             indices[ptr[i] + p] = members[t, p]
 
@@ -146,29 +148,38 @@ def reciprocal_sets(
     ranked: _I2,  # (N, k1 + 1) int32 neighbour ids, nearest first, itself included
     half: cython.int,  # neighbours kept for the half sets, itself included
     n_threads: cython.int = 0,
+    rows=None,  # (first, first after them): samples whose sets are wanted; None: all
 ):
     "Expanded k-reciprocal sets as `(indptr, indices)`: offsets int64, members int32."
-    n: cython.Py_ssize_t = ranked.shape[0]
+    size: cython.Py_ssize_t = ranked.shape[0]
+    first: cython.Py_ssize_t
+    last: cython.Py_ssize_t
+    first, last = gate.rows(rows, size)
+    n: cython.Py_ssize_t = last - first
     k: cython.int = ranked.shape[1]
     blocks: cython.Py_ssize_t = (n + _BLOCK - 1) // _BLOCK
     nt: cython.int = gate.threads(n_threads, blocks)
     b: cython.Py_ssize_t
-    gate.indices('ranked', np.asarray(ranked), n)
+    gate.indices('ranked', np.asarray(ranked), size)
     gate.whole('half', half, 1, k)
     # beyond the first k no member comes twice
-    room: cython.Py_ssize_t = min(cython.cast(cython.Py_ssize_t, k) * (half + 1), k + n)
-    mark: cython.longlong[:, ::1] = np.zeros((nt, n), np.int64)
+    room: cython.Py_ssize_t = min(cython.cast(cython.Py_ssize_t, k) * (half + 1), k + size)
+    mark: cython.longlong[:, ::1] = np.zeros((nt, size), np.int64)
     members: _MI2 = np.empty((nt, room), np.int32)
     indptr = np.zeros(n + 1, np.int64)
     ptr: _ML1 = indptr
     for b in prange(blocks, nogil=True, schedule='dynamic', num_threads=nt):
-        _count_sets(b * _BLOCK, min(n, (b + 1) * _BLOCK), threadid(), k, half, ranked, mark, members, ptr)
+        _count_sets(
+            b * _BLOCK, min(n, (b + 1) * _BLOCK), first, threadid(), k, half, ranked, mark, members, ptr
+        )
     np.cumsum(indptr, out=indptr)
     mark[:, :] = 0
     indices = np.empty(indptr[n], np.int32)
     ix: _MI1 = indices
     for b in prange(blocks, nogil=True, schedule='dynamic', num_threads=nt):
-        _fill_sets(b * _BLOCK, min(n, (b + 1) * _BLOCK), threadid(), k, half, ranked, mark, members, ptr, ix)
+        _fill_sets(
+            b * _BLOCK, min(n, (b + 1) * _BLOCK), first, threadid(), k, half, ranked, mark, members, ptr, ix
+        )
     return indptr, indices
 
 # %% ../nbs/03a_neighbors_kernels.ipynb #3d0e58da
@@ -204,13 +215,19 @@ def _squared_distance(i: cython.Py_ssize_t, j: cython.Py_ssize_t, x: _F2) -> cyt
 @cython.nogil
 @cython.exceptval(check=False)
 def _distance_block(
-    lo: cython.Py_ssize_t, hi: cython.Py_ssize_t, x: _F2, ip: _L1, ix: _I1, distances: _MF1
+    lo: cython.Py_ssize_t,
+    hi: cython.Py_ssize_t,
+    first: cython.Py_ssize_t,
+    x: _F2,
+    ip: _L1,
+    ix: _I1,
+    distances: _MF1,
 ) -> cython.void:
     i: cython.Py_ssize_t
     p: cython.longlong
     for i in range(lo, hi):
         for p in range(ip[i], ip[i + 1]):
-            distances[p] = _squared_distance(i, ix[p], x)
+            distances[p] = _squared_distance(first + i, ix[p], x)
 
 # %% ../nbs/03a_neighbors_kernels.ipynb #f6d1e528
 def set_distances(
@@ -218,6 +235,7 @@ def set_distances(
     ip: _L1,
     ix: _I1,  # sets as CSR: offsets int64, members int32
     n_threads: cython.int = 0,
+    first: cython.Py_ssize_t = 0,  # the sample of the first set
 ):
     """Squared Euclidean distance of each sample to the members of its set, float32 in the order of the
     members."""
@@ -227,12 +245,14 @@ def set_distances(
     b: cython.Py_ssize_t
     gate.offsets('offsets', np.asarray(ip), n, ix.shape[0])
     gate.indices('members', np.asarray(ix), x.shape[0])
-    if n > x.shape[0]:
-        raise ValueError(f'there must be an embedding for each set; got {x.shape[0]} for {n}')
+    if not 0 <= first <= first + n <= x.shape[0]:
+        raise ValueError(
+            f'there must be an embedding for each set; got {x.shape[0]} for {n} sets from number {first} on'
+        )
     out = np.empty(ix.shape[0], np.float32)
     distances: _MF1 = out
     for b in prange(blocks, nogil=True, schedule='dynamic', num_threads=nt):
-        _distance_block(b * _BLOCK, min(n, (b + 1) * _BLOCK), x, ip, ix, distances)
+        _distance_block(b * _BLOCK, min(n, (b + 1) * _BLOCK), first, x, ip, ix, distances)
     return out
 
 # %% ../nbs/03a_neighbors_kernels.ipynb #3f48197e
@@ -323,26 +343,28 @@ def _fill_means(
 
 # %% ../nbs/03a_neighbors_kernels.ipynb #4d38160e
 def mean_of_nearest(
-    ranked: _I2,  # (N, >= k2) int32 neighbour ids, nearest first, itself included
+    ranked: _I2,  # (n, >= k2) int32 rows of V: the neighbours of each sample, nearest first, itself included
     ip: _L1,
     ix: _I1,
     vx: _F1,  # weights V as CSR: offsets int64, columns int32, values float32
     k2: cython.int,  # rows averaged, the sample's own included
     n_threads: cython.int = 0,
+    n_columns: cython.Py_ssize_t = -1,  # of V; -1: as many as rows
 ):
     "The mean of V over the k2 nearest of each sample, as `(indptr, indices, weights)`."
     n: cython.Py_ssize_t = ranked.shape[0]
     blocks: cython.Py_ssize_t = (n + _BLOCK - 1) // _BLOCK
     nt: cython.int = gate.threads(n_threads, blocks)
     b: cython.Py_ssize_t
-    gate.indices('ranked', np.asarray(ranked), n)
+    size: cython.Py_ssize_t = ip.shape[0] - 1 if n_columns < 0 else n_columns
     gate.whole('k2', k2, 1, ranked.shape[1])
-    gate.offsets('offsets of V', np.asarray(ip), n, ix.shape[0])
+    gate.indices('ranked', np.asarray(ranked)[:, :k2], ip.shape[0] - 1)
+    gate.offsets('offsets of V', np.asarray(ip), ip.shape[0] - 1, ix.shape[0])
     gate.same_length(columns=ix, weights=vx)
-    gate.indices('columns of V', np.asarray(ix), n)
-    total: _MF2 = np.empty((nt, n), np.float32)
-    mark: _MI2 = np.zeros((nt, n), np.int32)
-    touched: _MI2 = np.empty((nt, n), np.int32)
+    gate.indices('columns of V', np.asarray(ix), size)
+    total: _MF2 = np.empty((nt, size), np.float32)
+    mark: _MI2 = np.zeros((nt, size), np.int32)
+    touched: _MI2 = np.empty((nt, size), np.int32)
     indptr = np.zeros(n + 1, np.int64)
     ptr: _ML1 = indptr
     for b in prange(blocks, nogil=True, schedule='dynamic', num_threads=nt):
@@ -454,6 +476,7 @@ def _count_met(
 def _count_pairs(
     lo: cython.Py_ssize_t,
     hi: cython.Py_ssize_t,
+    first: cython.Py_ssize_t,
     t: cython.Py_ssize_t,
     ip: _L1,
     ix: _I1,
@@ -479,7 +502,7 @@ def _count_pairs(
             n = _sum_row(i, t, ip, ix, vx, cp, cx, cv, shared, met)
             for o in range(n):
                 j = met[t, o]
-                if _jaccard(i, j, shared[t, j]) <= limit:
+                if _jaccard(first + i, j, shared[t, j]) <= limit:
                     near += 1
                 shared[t, j] = 0
             count[i + 1] = near
@@ -491,6 +514,7 @@ def _count_pairs(
 def _fill_pairs(
     lo: cython.Py_ssize_t,
     hi: cython.Py_ssize_t,
+    first: cython.Py_ssize_t,
     t: cython.Py_ssize_t,
     ip: _L1,
     ix: _I1,
@@ -501,6 +525,7 @@ def _fill_pairs(
     limit: cython.float,
     shared: _MF2,
     met: _MI2,
+    base: cython.Py_ssize_t,
     ptr: cython.const[_Index][::1],
     indices: _Index[::1],
     distances: _MF1,
@@ -516,17 +541,17 @@ def _fill_pairs(
     wrong: cython.int = 0
     for i in range(lo, hi):
         n = _sum_row(i, t, ip, ix, vx, cp, cx, cv, shared, met)
-        end = ptr[i]
+        end = ptr[i - base]
         for o in range(n):
             j = met[t, o]
-            d = _jaccard(i, j, shared[t, j])
+            d = _jaccard(first + i, j, shared[t, j])
             shared[t, j] = 0
             if d <= limit or limit >= 1:
-                if end < ptr[i + 1]:
+                if end < ptr[i - base + 1]:
                     indices[end] = j
                     distances[end] = d
                 end += 1
-        if end != ptr[i + 1]:
+        if end != ptr[i - base + 1]:
             wrong = 1
     return wrong
 
@@ -544,8 +569,9 @@ def _count_rows(
     limit: cython.float,
     count: _ML1,
     n_threads: cython.int,
+    first: cython.Py_ssize_t,
+    n: cython.Py_ssize_t,
 ):
-    n: cython.Py_ssize_t = ip.shape[0] - 1
     blocks: cython.Py_ssize_t = (hi - lo + _BLOCK - 1) // _BLOCK
     nt: cython.int = gate.threads(n_threads, blocks)
     b: cython.Py_ssize_t
@@ -555,6 +581,7 @@ def _count_rows(
         _count_pairs(
             lo + b * _BLOCK,
             min(hi, lo + (b + 1) * _BLOCK),
+            first,
             threadid(),
             ip,
             ix,
@@ -580,12 +607,14 @@ def _fill_rows(
     lo: cython.Py_ssize_t,
     hi: cython.Py_ssize_t,
     limit: cython.float,
+    base: cython.Py_ssize_t,
     ptr: cython.const[_Index][::1],
     indices: _Index[::1],
     distances: _MF1,
     n_threads: cython.int,
+    first: cython.Py_ssize_t,
+    n: cython.Py_ssize_t,
 ):
-    n: cython.Py_ssize_t = ip.shape[0] - 1
     blocks: cython.Py_ssize_t = (hi - lo + _BLOCK - 1) // _BLOCK
     nt: cython.int = gate.threads(n_threads, blocks)
     b: cython.Py_ssize_t
@@ -596,6 +625,7 @@ def _fill_rows(
         wrong[b] = _fill_pairs(
             lo + b * _BLOCK,
             min(hi, lo + (b + 1) * _BLOCK),
+            first,
             threadid(),
             ip,
             ix,
@@ -606,6 +636,7 @@ def _fill_rows(
             limit,
             shared,
             met,
+            base,
             ptr,
             indices,
             distances,
@@ -614,11 +645,17 @@ def _fill_rows(
         raise ValueError('offsets must be those that count_pairs counted for these weights; got others')
 
 # %% ../nbs/03a_neighbors_kernels.ipynb #e9b90e4c
-def _check_weights(ip, ix, vx, cp, cx, cv):
+def _check_weights(ip, ix, vx, cp, cx, cv, first, n_samples):
     "ValueError where V in its two forms is not what the loops rely on."
+    ip, ix, vx, cp, cx, cv = map(np.asarray, (ip, ix, vx, cp, cx, cv))
     n, m = len(ip) - 1, len(cp) - 1
+    if not 0 <= first <= first + n <= n_samples:
+        raise ValueError(f'rows of V must be of {n_samples} samples; got {n} rows from number {first} on')
     least = np.finfo(np.float32).tiny
-    for way, starts, ends, values, rows, columns in [('CSR', ip, ix, vx, n, m), ('CSC', cp, cx, cv, m, n)]:
+    for way, starts, ends, values, rows, columns in [
+        ('CSR', ip, ix, vx, n, m),
+        ('CSC', cp, cx, cv, m, n_samples),
+    ]:
         gate.offsets(f'offsets of V as {way}', starts, rows, len(ends))
         gate.same_length(indices=ends, weights=values)
         gate.indices(f'indices of V as {way}', ends, columns)
@@ -628,8 +665,7 @@ def _check_weights(ip, ix, vx, cp, cx, cv):
 
 def _check_rows(n, lo, hi, limit):
     "ValueError where rows lo..hi are not rows of V, or the limit is NaN."
-    if not 0 <= lo <= hi <= n:
-        raise ValueError(f'rows must lie in 0..{n}; got {lo} to {hi}')
+    gate.rows((lo, hi), n)
     if limit != limit:
         raise ValueError(f'limit must be a number; got {limit}')
 
@@ -640,21 +676,22 @@ def count_pairs(
     vx: _F1,  # V as CSR: offsets int64, columns int32, all weights above 0
     cp: _L1,
     cx: _I1,
-    cv: _F1,  # V as CSC: offsets int64, rows int32
+    cv: _F1,  # V as CSC: offsets int64, samples int32
     lo: cython.Py_ssize_t,
     hi: cython.Py_ssize_t,  # rows to count
     limit: cython.float,  # pairs farther apart are left out; 1: none
     count: _ML1,  # written: count[i + 1] of these rows
     n_threads: cython.int = 0,
+    first: cython.Py_ssize_t = 0,  # the sample of the first row of V
+    n_samples: cython.Py_ssize_t = -1,  # N; -1: as many as rows of V
 ):
     "Count the stored pairs of some rows of the Jaccard graph."
-    _check_weights(
-        np.asarray(ip), np.asarray(ix), np.asarray(vx), np.asarray(cp), np.asarray(cx), np.asarray(cv)
-    )
+    size: cython.Py_ssize_t = len(ip) - 1 if n_samples < 0 else n_samples
+    _check_weights(ip, ix, vx, cp, cx, cv, first, size)
     _check_rows(len(ip) - 1, lo, hi, limit)
     if len(count) != len(ip):
         raise ValueError(f'count must hold {len(ip)} numbers; got {len(count)}')
-    _count_rows(ip, ix, vx, cp, cx, cv, lo, hi, limit, count, n_threads)
+    _count_rows(ip, ix, vx, cp, cx, cv, lo, hi, limit, count, n_threads, first, size)
 
 
 def fill_pairs(
@@ -663,7 +700,7 @@ def fill_pairs(
     vx: _F1,  # V as CSR: offsets int64, columns int32, all weights above 0
     cp: _L1,
     cx: _I1,
-    cv: _F1,  # V as CSC: offsets int64, rows int32
+    cv: _F1,  # V as CSC: offsets int64, samples int32
     lo: cython.Py_ssize_t,
     hi: cython.Py_ssize_t,  # rows to fill
     limit: cython.float,  # as in `count_pairs`
@@ -671,15 +708,16 @@ def fill_pairs(
     indices: _Index[::1],  # written: columns
     distances: _MF1,  # written: Jaccard distances
     n_threads: cython.int = 0,
+    first: cython.Py_ssize_t = 0,  # the sample of the first row of V
+    n_samples: cython.Py_ssize_t = -1,  # N; -1: as many as rows of V
 ):
     "Fill some rows of the Jaccard graph; columns stand in the order in which they are met."
-    _check_weights(
-        np.asarray(ip), np.asarray(ix), np.asarray(vx), np.asarray(cp), np.asarray(cx), np.asarray(cv)
-    )
+    size: cython.Py_ssize_t = len(ip) - 1 if n_samples < 0 else n_samples
+    _check_weights(ip, ix, vx, cp, cx, cv, first, size)
     _check_rows(len(ip) - 1, lo, hi, limit)
     gate.same_length(columns=indices, distances=distances)
     gate.offsets('offsets', np.asarray(ptr), len(ip) - 1, len(indices))
-    _fill_rows(ip, ix, vx, cp, cx, cv, lo, hi, limit, ptr, indices, distances, n_threads)
+    _fill_rows(ip, ix, vx, cp, cx, cv, lo, hi, limit, 0, ptr, indices, distances, n_threads, first, size)
 
 # %% ../nbs/03a_neighbors_kernels.ipynb #71789ddf
 @cython.cfunc
@@ -693,12 +731,15 @@ def _fill_narrow(
     lo: cython.Py_ssize_t,
     hi: cython.Py_ssize_t,
     limit: cython.float,
+    base: cython.Py_ssize_t,
     ptr: _I1,
     indices: _MI1,
     distances: _MF1,
     n_threads: cython.int,
+    first: cython.Py_ssize_t,
+    n: cython.Py_ssize_t,
 ):
-    _fill_rows(ip, ix, vx, cp, cx, cv, lo, hi, limit, ptr, indices, distances, n_threads)
+    _fill_rows(ip, ix, vx, cp, cx, cv, lo, hi, limit, base, ptr, indices, distances, n_threads, first, n)
 
 
 @cython.cfunc
@@ -712,50 +753,90 @@ def _fill_wide(
     lo: cython.Py_ssize_t,
     hi: cython.Py_ssize_t,
     limit: cython.float,
+    base: cython.Py_ssize_t,
     ptr: _L1,
     indices: _ML1,
     distances: _MF1,
     n_threads: cython.int,
+    first: cython.Py_ssize_t,
+    n: cython.Py_ssize_t,
 ):
-    _fill_rows(ip, ix, vx, cp, cx, cv, lo, hi, limit, ptr, indices, distances, n_threads)
+    _fill_rows(ip, ix, vx, cp, cx, cv, lo, hi, limit, base, ptr, indices, distances, n_threads, first, n)
 
 # %% ../nbs/03a_neighbors_kernels.ipynb #94a95327
 def all_pairs(
     ip: _L1,
     ix: _I1,
-    vx: _F1,  # V as CSR: offsets int64, columns int32, all weights above 0
+    vx: _F1,  # rows of V as CSR: offsets int64, columns int32, all weights above 0
     cp: _L1,
     cx: _I1,
-    cv: _F1,  # V as CSC: offsets int64, rows int32
+    cv: _F1,  # the same columns of V as CSC: offsets int64, samples int32
     limit: cython.float,  # as in `count_pairs`
     block: cython.Py_ssize_t,  # rows between two steps of the progress bars
     n_threads: cython.int,  # 0: every core
     progress,  # (blocks, name) -> the blocks
-    require,  # (number of pairs, type of the indices): its chance to refuse
+    # offsets (n + 1,) int64 -> [(first row, first row after it, indices, distances)], empty arrays of the
+    # right size for consecutive rows; indices int32 or int64
+    allocate,
+    first: cython.Py_ssize_t = 0,  # the sample of the first row
+    n_samples: cython.Py_ssize_t = -1,  # N; -1: as many as rows
 ):
-    """The Jaccard graph as `(indptr, indices, distances)`; indices are int32 while fewer than 2**31 pairs
-    are stored, else int64."""
+    "Rows of the Jaccard graph: fills what `allocate` gives, and returns it as `[(indptr, indices, distances)]`."
     n: cython.Py_ssize_t = ip.shape[0] - 1
-    _check_weights(
-        np.asarray(ip), np.asarray(ix), np.asarray(vx), np.asarray(cp), np.asarray(cx), np.asarray(cv)
-    )
+    size: cython.Py_ssize_t = n if n_samples < 0 else n_samples
+    _check_weights(ip, ix, vx, cp, cx, cv, first, size)
     _check_rows(n, 0, n, limit)
-    blocks = [(lo, min(lo + block, n)) for lo in range(0, n, gate.whole('block', block, 1))]
-    indptr = np.zeros(n + 1, np.int64)
-    count: _ML1 = indptr
-    for lo, hi in progress(blocks, 'count pairs'):
-        _count_rows(ip, ix, vx, cp, cx, cv, lo, hi, limit, count, n_threads)
-    np.cumsum(indptr, out=indptr)
-    index = np.int32 if indptr[n] < 2**31 else np.int64
-    require(int(indptr[n]), index)
-    indptr, indices, distances = (
-        indptr.astype(index),
-        np.empty(indptr[n], index),
-        np.empty(indptr[n], np.float32),
-    )
-    for lo, hi in progress(blocks, 'Jaccard distances'):
-        if index == np.int32:
-            _fill_narrow(ip, ix, vx, cp, cx, cv, lo, hi, limit, indptr, indices, distances, n_threads)
+    gate.whole('block', block, 1)
+    offsets = np.zeros(n + 1, np.int64)
+    count: _ML1 = offsets
+    for lo, hi in progress([(lo, min(lo + block, n)) for lo in range(0, n, block)], 'count pairs'):
+        _count_rows(ip, ix, vx, cp, cx, cv, lo, hi, limit, count, n_threads, first, size)
+    np.cumsum(offsets, out=offsets)
+    filled, parts = [], []
+    for begin, end, indices, distances in allocate(offsets):
+        indptr = (offsets[begin : end + 1] - offsets[begin]).astype(indices.dtype)
+        gate.same_length(columns=indices, distances=distances)
+        gate.offsets('offsets', indptr, end - begin, len(indices))
+        filled.append((indptr, indices, distances))
+        parts += [(lo, min(lo + block, end), begin, len(filled) - 1) for lo in range(begin, end, block)]
+    for lo, hi, base, place in progress(parts, 'Jaccard distances'):
+        indptr, indices, distances = filled[place]
+        if indices.dtype == np.int32:
+            _fill_narrow(
+                ip,
+                ix,
+                vx,
+                cp,
+                cx,
+                cv,
+                lo,
+                hi,
+                limit,
+                base,
+                indptr,
+                indices,
+                distances,
+                n_threads,
+                first,
+                size,
+            )
         else:
-            _fill_wide(ip, ix, vx, cp, cx, cv, lo, hi, limit, indptr, indices, distances, n_threads)
-    return indptr, indices, distances
+            _fill_wide(
+                ip,
+                ix,
+                vx,
+                cp,
+                cx,
+                cv,
+                lo,
+                hi,
+                limit,
+                base,
+                indptr,
+                indices,
+                distances,
+                n_threads,
+                first,
+                size,
+            )
+    return filled

@@ -86,16 +86,19 @@ def search(
     x: torch.Tensor,  # (N, D) float32
     k: int,  # neighbours, the sample itself included
     room: int = 2**26,  # dense entries at a time
+    blocks: list = None,  # of (first sample, first after it) to search for; None: all
 ) -> tuple:  # squared distances (N, k) float32 ascending; ids (N, k) int64, itself first
     "The exact k nearest neighbours of every sample, equal distances by index, by blocks, on the device of x."
-    norms, blocks = (x * x).sum(1), []
+    norms, parts = (x * x).sum(1), []
+    blocks = [(0, len(x))] if blocks is None else blocks
+    rows = [(a + lo, a + hi) for a, b in blocks for lo, hi in row_blocks(b - a, room, len(x))]
     with exact_products():
-        for lo, hi in row_blocks(len(x), room):
+        for lo, hi in rows:
             # (block, D) @ (D, N) -> (block, N)
             d = torch.addmm(norms[lo:hi, None] + norms, x[lo:hi], x.T, alpha=-2)
             d[torch.arange(hi - lo), torch.arange(lo, hi)] = -1  # itself: before all copies of it
-            blocks.append(smallest(d, k))
-    distances, ids = (torch.cat(parts) for parts in zip(*blocks))
+            parts.append(smallest(d, k))
+    distances, ids = map(torch.cat, zip(*parts))
     return distances.clamp_(min=0), ids
 
 # %% ../nbs/03b_neighbors_torch.ipynb #71086fec

@@ -30,6 +30,7 @@ from ccc.engine import (
     extract_embeddings,
     fetch_images,
     from_main,
+    label_processes,
     make_engine,
     measured_peak,
     place_images,
@@ -520,7 +521,7 @@ class Epoch:
         self.embed = training_module(self.net, config, self.engine)
         self.optimizer = make_optimizer(self.net, config)
         self.parts = parts.or_recipe(config.recipe)
-        own = self.parts.filled(config)
+        own = self.parts.filled(config, label_processes(self.engine))
         self.label_maker, self.new_memory, self.sampler = own.label_maker, own.memory, own.sampler
         self.augment, self.loss = own.augment, own.loss
         self.images = Images(self.dataset, config, self.engine)
@@ -568,7 +569,8 @@ class Epoch:
             return extract_embeddings(self.net, images, self.config.batch_size, self.engine)
 
     def make_labels(self, x) -> PseudoLabels:  # embeddings (N, D) of the training images
-        "Pseudo-labels by this epoch's label maker, made by the first process for all."
+        """Pseudo-labels by this epoch's label maker, the same in all processes. The method's own shares the work
+        among them; another is called by the first."""
 
         def make():
             epoch, device = self.state.epoch, self.engine.device
@@ -580,7 +582,7 @@ class Epoch:
                 made = self.label_maker(data, graph, self.dataset.train.camids, epoch)
             return check_labels(made, x)
 
-        return from_main(self.engine, make)
+        return make() if self.parts.label_maker is None else from_main(self.engine, make)
 
     def make_memory(self, labels: PseudoLabels) -> nn.Module:
         """A fresh memory of these clusters, on the device. On an accelerator ours does not look at each

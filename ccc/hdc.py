@@ -37,9 +37,11 @@ from ccc.neighbors import (
     checked_embeddings,
     is_tensor,
     jaccard_distance,
+    jaccard_rows,
     on_accelerator,
     progress,
 )
+from .rows import Block, GraphRows
 
 gate.require_gate(kernels, 'stored_twice')
 
@@ -55,26 +57,36 @@ def discrepancies(
 ) -> csr_array:  # (N, N) float32 in [0, CEILING]; absent: CEILING
     "Sample-sample discrepancies 1 - exp(-J) of the stored pairs."
     if is_tensor(graph.data):
-        return replace(graph, data=1 - (-graph.data).exp())
-    a = np.negative(graph.data)  # in place: this is the largest array of the step
+        return replace(graph, data=_discrepancy(graph.data))
+    return csr_array((_discrepancy(graph.data), graph.indices, graph.indptr), shape=graph.shape)
+
+
+def _discrepancy(distances):
+    "1 - exp(-J), of an array or a tensor."
+    if is_tensor(distances):
+        return 1 - (-distances).exp()
+    a = np.negative(distances)  # in place from here: this is the largest array of the step
     np.exp(a, out=a)
     np.subtract(1, a, out=a)
-    return csr_array((a, graph.indices, graph.indptr), shape=graph.shape)
+    return a
 
 # %% ../nbs/04_hdc.ipynb #a174e99e
-def _row(graph, i):
-    "Columns and values of one row, in NumPy wherever the graph is."
-    s = slice(int(graph.indptr[i]), int(graph.indptr[i + 1]))
-    return as_numpy(graph.indices[s]), as_numpy(graph.data[s])
-
-
-def _in_memory(graph, rows=None):
-    "The graph in main memory, whole or these rows of it (the others empty)."
-    if not is_tensor(graph.data):
+def rows_of(
+    graph,  # csr_array, `DeviceGraph` or `GraphRows` (N, N)
+) -> GraphRows:  # the same, in memory shared with it
+    "A graph as the rows that this process holds of it: all, unless it is shared out."
+    if isinstance(graph, GraphRows):
         return graph
+    return GraphRows([Block(0, graph.indptr, graph.indices, graph.data)], graph.shape)
+
+
+def _in_memory(graph, wanted=None):
+    "`rows_of` a graph in main memory; of one on a device the rows wanted (the others empty), None: all."
+    if not is_tensor(getattr(graph, 'data', None)):
+        return rows_of(graph)
     from ccc._hdc_torch import host_rows
 
-    return host_rows(graph, rows)
+    return rows_of(host_rows(graph, wanted))
 
 
 def _draw(weight, size, random):
@@ -94,9 +106,9 @@ def _chances(closest, starts):
     return weights
 
 
-def _gain(graph, candidate, closest):
-    "By how much all samples come nearer to their nearest start if the candidate becomes one."
-    cols, values = _row(graph, candidate)
+def _gain(row, closest):
+    "By how much all samples come nearer to their nearest start if the sample of this row becomes one."
+    cols, values = row
     return np.maximum(closest[cols] - values, 0).sum()
 
 # %% ../nbs/04_hdc.ipynb #76054132
@@ -107,21 +119,29 @@ def graph_plusplus(
 ) -> np.ndarray:  # (K,) int64 distinct sample indices
     """k-means++ starts drawn on graph distances (Arthur and Vassilvitskii 2007, greedy form, distances not
     squared)."""
-    random = check_random_state(random_state)
     graph = _in_memory(graph)
+    # one generator for all processes: they draw the same
+    random = graph.processes.from_first(lambda: check_random_state(random_state))
     trials = 2 + int(np.log(n_clusters))
     starts = []
     closest = np.ones(graph.shape[0])  # distance to the nearest start so far
     for k in progress(range(n_clusters), 'starts'):
         candidates = _draw(_chances(closest, starts), trials if k else 1, random)
-        gains = [_gain(graph, c, closest) for c in candidates]
-        starts.append(int(candidates[np.argmax(gains)]))
-        cols, values = _row(graph, starts[-1])
+        rows = graph.of(candidates)
+        best = int(np.argmax([_gain(row, closest) for row in rows]))
+        starts.append(int(candidates[best]))
+        cols, values = rows[best]
         closest[cols] = np.minimum(closest[cols], values)
         closest[starts[-1]] = 0
     return np.array(starts)
 
 # %% ../nbs/04_hdc.ipynb #c5f72d8a
+def _rows_in_turn(graph, ids, at_once=256):
+    "Rows one by one, asked for in groups: other processes may hold them."
+    for lo in range(0, len(ids), at_once):
+        yield from graph.of(ids[lo : lo + at_once])
+
+
 def nearest_start(
     graph: csr_array,  # (N, N) distances in [0, 1]; absent: 1
     starts: np.ndarray,  # (K,) sample indices
@@ -130,8 +150,8 @@ def nearest_start(
     graph = _in_memory(graph, starts)
     best = np.ones(graph.shape[0], np.float32)
     labels = np.full(graph.shape[0], -1, np.int32)
-    for j, start in enumerate(starts):
-        cols, values = _row(graph, start)
+    for j, (start, row) in enumerate(zip(starts, _rows_in_turn(graph, starts))):
+        cols, values = row
         nearer = values < best[cols]
         best[cols[nearer]] = values[nearer]
         labels[cols[nearer]] = j
@@ -219,6 +239,9 @@ def as_graph(
 ) -> csr_array:  # (N, N) float32; absent: 1
     """The graph as CSR in which no pair is stored twice; ValueError for another shape, columns beyond it,
     or values outside [0, 1]."""
+    if isinstance(graph, GraphRows):  # made by `jaccard_rows`
+        _check_shape(graph, n)
+        return graph
     if graph_on_device(graph):
         from ccc._hdc_torch import checked_graph
 
@@ -297,15 +320,48 @@ class Round:
     n_ceiling: int  # samples that share no neighbour with any cluster
 
 # %% ../nbs/04_hdc.ipynb #2b8b0535
+class Discrepancies:
+    """Those of the pairs that this process stores, block by block. Of a graph in files they are made anew in each
+    pass: memory has no room for them."""
+
+    def __init__(self, graph: GraphRows):
+        self.graph = graph
+        self.kept = None if graph.on_disk else replace(graph, blocks=[self.of(b) for b in graph.blocks])
+
+    def of(self, block: Block) -> Block:
+        "The discrepancies of a block of distances."
+        return replace(block, data=_discrepancy(block.data))
+
+    def blocks(self) -> Iterator[Block]:
+        "One block after the other."
+        if self.kept is not None:
+            yield from self.kept.blocks
+            return
+        for block in self.graph.blocks:
+            yield self.of(block)
+            block.release()
+
+    def row(self, i: int) -> tuple:  # sample -> columns and discrepancies
+        "One row; all processes ask for the same."
+        if self.kept is not None:
+            return self.kept.of([i])[0]
+        cols, values = self.graph.of([i])[0]
+        return cols, _discrepancy(values)
+
+
 def _nearest_cluster(assign, a, labels, m, k):
     """Nearest cluster (-1: all at the ceiling), its H, the sum of H over all clusters, and a function for
     the H of one sample and one cluster."""
     order, start = members_by_cluster(labels, m, k)
-    nearest, H, total = assign(a.indptr, a.indices, a.data, labels, m, order, start, CEILING)
+    found = [
+        assign(block.indptr, block.indices, block.data, labels, m, order, start, CEILING, first=block.first)
+        for block in a.blocks()
+    ]
+    nearest, H, total = (a.graph.processes.gather(np.concatenate(parts)) for parts in zip(*found))
 
     def discrepancies_of(i):
         dense = np.full(len(labels), CEILING)
-        cols, values = _row(a, i)
+        cols, values = a.row(i)
         dense[cols] = values
         dense[i] = 0
         return dense
@@ -352,32 +408,43 @@ def hdc_rounds(
     x, starts = _checked_samples(x), _checked_starts(starts, len(x))
     check_peripheral(n_sigma, threshold)
     return _rounds(
-        x, as_graph(graph, len(x)), starts, metric, n_sigma, threshold, normalize_centroids, ceiling
+        x, rows_of(as_graph(graph, len(x))), starts, metric, n_sigma, threshold, normalize_centroids, ceiling
     )
 
 
 def _rounds(x, graph, starts, metric, n_sigma, threshold, normalize_centroids, ceiling):
-    "`hdc_rounds` of input that is checked."
+    """`hdc_rounds` of input that is checked. Each process works on its rows; labels, H and centroids are the
+    same in all."""
 
     def settle(nearest):
         return np.maximum(nearest, 0) if ceiling == 'first' else nearest
 
-    k, parts = len(starts), parts_for(x)
-    a = discrepancies(graph)
-    distances = parts.CentroidDistances(x, metric)
+    k, parts, processes = len(starts), parts_for(x), graph.processes
+    own = slice(*processes.share(len(x)))
+    a = Discrepancies(graph)
+    distances = parts.CentroidDistances(x[own], metric, agree=processes.largest)
     labels, centroids = settle(nearest_start(graph, starts)), x[starts]
     while True:
-        m = distances.membership(centroids, np.maximum(labels, 0))
+        m = processes.gather(distances.membership(centroids, np.maximum(labels, 0)[own]))
         nearest, H, total, discrepancy_to = _nearest_cluster(parts.assign, a, labels, m, k)
         labels, n_ceiling = settle(nearest), np.count_nonzero(nearest < 0)
         refill(labels, H, total - H, k, discrepancy_to)
         peripheral = peripheral_objects(labels, H, k, n_sigma, threshold)
-        means = parts.cluster_means(x, np.where(peripheral, -1, labels), k)
+        means = _means(parts, x, np.where(peripheral, -1, labels), k, processes)
         if normalize_centroids:
             means = unit_rows(means)
         shift = float((as_numpy(means - centroids).astype(np.float64) ** 2).sum())
         centroids = means
         yield Round(labels.copy(), H, peripheral, centroids, shift, n_ceiling)
+
+
+def _means(parts, x, labels, k, processes):
+    """`cluster_means`, of which each process makes some clusters: sums of parts of a cluster would round
+    otherwise than the sum of all."""
+    bounds = np.arange(processes.count + 1) * k // processes.count
+    lo, hi = bounds[processes.rank], bounds[processes.rank + 1]
+    own = np.where((labels >= lo) & (labels < hi), labels - lo, -1)
+    return processes.gather(parts.cluster_means(x, own, int(hi - lo)))
 
 # %% ../nbs/04_hdc.ipynb #617190d5
 def _checked_samples(x):
@@ -434,10 +501,13 @@ def _starts(hdc, X, graph):
     random = check_random_state(hdc.random_state)
     if init == 'k-means++':
         return graph_plusplus(graph, k, random)
+    from_first = rows_of(graph).processes.from_first
     if init == 'k-means++-x':
-        return _distinct(kmeans_plusplus(as_numpy(X), k, random_state=random)[1], n, random)
+        return from_first(
+            lambda: _distinct(kmeans_plusplus(as_numpy(X), k, random_state=random)[1], n, random)
+        )
     if init == 'random':
-        return random.choice(n, k, replace=False)
+        return from_first(lambda: random.choice(n, k, replace=False))
     raise ValueError(
         f"init must be 'k-means++', 'k-means++-x', 'random' or an array of sample indices; got {init!r}"
     )
@@ -523,7 +593,7 @@ class HDC(ClusterMixin, BaseEstimator):
         X,  # (N, D) embeddings; a tensor on an accelerator stays there
         y=None,  # ignored: labels are never read
         *,
-        graph=None,  # (N, N) distances in [0, 1], sparse (absent: 1) or dense; None: their Jaccard graph
+        graph=None,  # (N, N) distances in [0, 1], sparse (absent: 1) or dense, or `GraphRows`; None: their Jaccard graph
     ):
         """Cluster X; sets `labels_ assignments_ confidence_ discrepancy_ cluster_centers_ n_iter_ shift_
         init_indices_ n_ceiling_`."""
@@ -532,13 +602,14 @@ class HDC(ClusterMixin, BaseEstimator):
         _check_parameters(self, len(X))
         if graph is None:
             k1 = min(self.k1, len(X) - 1)
-            graph = jaccard_distance(unit_rows(X), k1, min(self.k2, k1 + 1))
+            build = jaccard_distance if on_accelerator(X) else jaccard_rows
+            graph = build(unit_rows(X), k1, min(self.k2, k1 + 1))
         else:
             graph = as_graph(graph, len(X))
         self.init_indices_ = _starts(self, X, graph)
         self.shift_ = []
         options = self.metric, self.n_sigma, self.threshold, self.normalize_centroids, self.ceiling
-        rounds = _rounds(X, graph, self.init_indices_, *options)
+        rounds = _rounds(X, rows_of(graph), self.init_indices_, *options)
         for last in progress(islice(rounds, self.max_iter), 'HDC rounds'):
             self.shift_.append(last.shift)
             if converged(self.shift_, self.min_iter, self.patience):

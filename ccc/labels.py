@@ -20,8 +20,16 @@ from sklearn.neighbors import NearestNeighbors, sort_graph_by_row_values
 from sklearn.utils import check_random_state
 
 from . import _gate as gate
-from .hdc import HDC, as_graph, pairwise_distance, parts_for
-from .neighbors import as_numpy, checked_embeddings, is_tensor, jaccard_distance, on_accelerator
+from .hdc import HDC, as_graph, pairwise_distance, parts_for, rows_of
+from ccc.neighbors import (
+    as_numpy,
+    checked_embeddings,
+    is_tensor,
+    jaccard_distance,
+    jaccard_rows,
+    on_accelerator,
+)
+from .rows import GraphRows, Processes
 
 # %% ../nbs/05_labels.ipynb #7bcf490b
 OUTLIER = -1
@@ -137,21 +145,48 @@ def within(
     eps: float,  # pairs farther apart are dropped
 ) -> csr_array:  # each row in ascending order, as scikit-learn's neighbour searches want it
     "The graph thinned to pairs at most eps apart."
-    graph = csr_array(
-        (as_numpy(graph.data), as_numpy(graph.indices), as_numpy(graph.indptr)), shape=graph.shape
-    )
-    mask = graph.data <= eps
-    indptr = np.r_[0, np.cumsum(mask, dtype=np.int64)][graph.indptr]
-    thin = csr_array((graph.data[mask], graph.indices[mask], indptr), shape=graph.shape)
+    thin = _thinned(rows_of(graph).blocks, eps, graph.shape[1])
     return thin if not thin.nnz else sort_graph_by_row_values(thin, copy=False, warn_when_not_sorted=False)
 
 
+def _thinned(blocks, eps, n):
+    "Blocks of rows as one CSR matrix (rows, N) of the pairs at most eps apart."
+    lengths, indices, data = [], [], []
+    for block in blocks:
+        values = as_numpy(block.data)
+        mask = values <= eps
+        ends = np.r_[0, np.cumsum(mask, dtype=np.int64)][as_numpy(block.indptr)]
+        lengths.append(np.diff(ends))
+        indices.append(as_numpy(block.indices)[mask])
+        data.append(values[mask])
+        block.release()
+    indptr = np.r_[0, np.concatenate(lengths).cumsum()]
+    return csr_array((np.concatenate(data), np.concatenate(indices), indptr), shape=(len(indptr) - 1, n))
+
+
+def _thinned_at_first(graph, eps):
+    "The pairs at most eps apart of all processes, at the first; None at the others."
+    own, to_first = _thinned(graph.blocks, eps, graph.shape[1]), graph.processes.to_first
+    lengths, indices, data = to_first(np.diff(own.indptr)), to_first(own.indices), to_first(own.data)
+    if lengths is None:
+        return None
+    return csr_array((data, indices, np.r_[0, lengths.astype(np.int64).cumsum()]), shape=graph.shape)
+
+
 def _dbscan(x, graph, eps, min_instances):
-    labels = (
-        DBSCAN(eps=eps, min_samples=min_instances, metric='precomputed')
-        .fit_predict(within(graph, eps))
-        .astype(np.int32)
-    )
+    """scikit-learn's, in the first process: the pairs within eps are a small part of the graph, and fit where
+    a share of the whole graph did not."""
+    graph = rows_of(graph)
+    thin = _thinned_at_first(graph, eps)
+
+    def cluster():
+        nearest_first = (
+            sort_graph_by_row_values(thin, copy=False, warn_when_not_sorted=False) if thin.nnz else thin
+        )
+        made = DBSCAN(eps=eps, min_samples=min_instances, metric='precomputed').fit_predict(nearest_first)
+        return made.astype(np.int32)
+
+    labels = graph.processes.from_first(cluster)
     centroids = as_numpy(parts_for(x).cluster_means(x, labels, labels.max() + 1))
     return labels, _cosine_confidence(x, labels, centroids), centroids
 
@@ -249,7 +284,8 @@ def build_graph(
     k1: int = 30,
     k2: int = 6,
     index: str = 'exact',  # of `make_labels`
-):  # (N, N) Jaccard distances; None for k-means
+    processes: Processes = None,  # that share the rows; None: one matrix, in this process
+):  # (N, N) Jaccard distances: csr_array, `DeviceGraph` on a device, `GraphRows` of processes; None for k-means
     "The neighbour graph in which a label maker works; k1 and k2 are clipped to what N samples allow."
     check_method(method)
     if method == 'kmeans':
@@ -257,9 +293,11 @@ def build_graph(
     gate.number('eps', eps, 0)
     for name, k in dict(k1=k1, k2=k2).items():
         gate.whole(name, k, 1)
-    return jaccard_distance(
-        x, min(k1, len(x) - 1), min(k2, len(x)), limit=eps if method == 'dbscan' else 1.0, index=index
-    )
+    k1, k2, limit = min(k1, len(x) - 1), min(k2, len(x)), eps if method == 'dbscan' else 1.0
+    options = dict(limit=limit, index=index)
+    if processes is None or (on_accelerator(x) and processes.count == 1):
+        return jaccard_distance(x, k1, k2, **options)
+    return jaccard_rows(x, k1, k2, processes=processes, **options)
 
 # %% ../nbs/05_labels.ipynb #a3441462
 def check_options(min_instances, eps, k1, k2, jaccard, own_centroids, hdc_options):
@@ -303,12 +341,20 @@ def make_labels(
     own_centroids: bool = True,  # HDC: its own centroids; False: means of the final members
     hdc_options: dict = None,  # further arguments of HDC
     random_state=None,  # seed, for the starts
-) -> PseudoLabels:
+    # that share the work, each called with the same arguments; None: this one, or those of the graph
+    processes: Processes = None,
+) -> PseudoLabels:  # the same in all processes
     "Cluster one epoch's embeddings (3C, section III); ValueError for an unknown method or impossible sizes."
     gate.one_thread_after_fork()
     check_method(method)
     check_options(min_instances, eps, k1, k2, jaccard, own_centroids, hdc_options)
-    stays = jaccard and (
+    shared_out = isinstance(graph, GraphRows) or (graph is None and jaccard and method != 'kmeans')
+    processes = getattr(graph, 'processes', processes) or Processes()
+    if processes.count > 1 and not shared_out:  # k-means, and what works on a whole matrix
+        options = dict(n_clusters=n_clusters, eps=eps, k1=k1, k2=k2, index=index, jaccard=jaccard)
+        options |= dict(own_centroids=own_centroids, hdc_options=hdc_options, random_state=random_state)
+        return processes.from_first(lambda: make_labels(x, method, min_instances, graph=graph, **options))
+    stays = (jaccard and processes.count == 1) and (
         on_accelerator(x) or (is_tensor(getattr(graph, 'data', None)) and hasattr(graph, 'indptr'))
     )
     if stays and not is_tensor(x):
@@ -322,7 +368,7 @@ def make_labels(
         return PseudoLabels(*_kmeans(x, n_clusters, min_instances, random_state))
     hdc = HDC(n_clusters, random_state=random_state, **(hdc_options or {}))
     if graph is None and jaccard:
-        graph = build_graph(x, method, eps, k1, k2, index)
+        graph = build_graph(x, method, eps, k1, k2, index, processes)
     elif graph is None:
         graph = pairwise_distance(x, x, hdc.metric if method == 'hdc' else 'cosine', normalize=True)
     if method == 'hdc':

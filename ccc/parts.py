@@ -27,6 +27,7 @@ from .data import CameraAwareSampler, augment
 from .labels import PseudoLabels, build_graph, make_labels, within
 from .memory import ClusterMemory
 from .neighbors import as_numpy
+from .rows import Processes
 
 # %% ../nbs/08e_parts.ipynb #47545c73
 PURPOSES = ('weights', 'labels', 'batches', 'augment', 'torch')
@@ -80,26 +81,28 @@ def label_options(
 def graph_for(
     x,  # (N, D) embeddings
     options: dict,  # of `make_labels`
+    processes: Processes = None,  # of `make_labels`
 ):  # (N, N) sparse Jaccard distances; None if the label maker uses none
     "The neighbour graph that `make_labels(x, **options)` would build."
     if not options['jaccard']:
         return None
-    return build_graph(x, *(options[name] for name in ('method', 'eps', 'k1', 'k2', 'index')))
+    names = 'method', 'eps', 'k1', 'k2', 'index'
+    return build_graph(x, *(options[name] for name in names), processes)
 
 # %% ../nbs/08e_parts.ipynb #c571ad9a
 class MethodLabels:
     "The method's own label maker: HDC, DBSCAN or k-means, by the settings and the epoch."
 
-    def __init__(self, config: Config):
-        self.config = config
+    def __init__(self, config: Config, processes: Processes = None):  # that share the work; None: this one
+        self.config, self.processes = config, processes
 
     def graph(self, x, epoch: int):  # embeddings (N, D) -> sparse (N, N) or None
         "The neighbour graph of this epoch."
-        return graph_for(x, label_options(self.config, epoch))
+        return graph_for(x, label_options(self.config, epoch), self.processes)
 
     def __call__(self, x, graph, camids, epoch: int) -> PseudoLabels:
         "Pseudo-labels of the embeddings; cameras are ignored."
-        return make_labels(x, graph=graph, **label_options(self.config, epoch))
+        return make_labels(x, graph=graph, processes=self.processes, **label_options(self.config, epoch))
 
 # %% ../nbs/08e_parts.ipynb #c63b2555
 def make_memory(
@@ -261,9 +264,12 @@ class Parts:
         "The names of the parts that are not the method's own, for `config.json`."
         return {name: describe_part(part) for name, part in vars(self).items() if part is not None}
 
-    def filled(self, config: Config) -> 'Parts':
-        "These parts; the method's own part for each None."
-        labels = MethodLabels(config) if self.label_maker is None else OwnLabels(self.label_maker, config)
+    def filled(self, config: Config, processes: Processes = None) -> 'Parts':
+        "These parts; the method's own part for each None. Its label maker shares the work among processes."
+        if self.label_maker is None:
+            labels = MethodLabels(config, processes)
+        else:
+            labels = OwnLabels(self.label_maker, config)
         return Parts(
             labels,
             self.memory or partial(make_memory, config=config),

@@ -123,7 +123,11 @@ def test_golden_first_round():
     )
     H = arrays['first_iter__discrepancy']
     nearest, smallest, total, discrepancy_to = hdc._nearest_cluster(
-        hdc.kernels.assign, hdc.discrepancies(graph), labels, membership, len(g['init_indices'])
+        hdc.kernels.assign,
+        hdc.Discrepancies(hdc.rows_of(graph)),
+        labels,
+        membership,
+        len(g["init_indices"]),
     )
     np.testing.assert_allclose(smallest, H.min(axis=1), atol=1e-5)
     np.testing.assert_allclose(total, H.sum(axis=1), rtol=1e-5)

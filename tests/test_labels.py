@@ -102,8 +102,11 @@ def test_dbscan_gets_a_thin_graph(monkeypatch):
     "Pairs beyond eps are never stored, and change nothing."
     x, seen = toy_embeddings()[0], []
     whole = make_labels(x, 'dbscan', eps=0.5, graph=jaccard_distance(x, 30, 6))
+    thinned = labels._thinned
     monkeypatch.setattr(
-        labels, 'within', lambda graph, eps: seen.append(graph.data.max()) or within(graph, eps)
+        labels,
+        '_thinned',
+        lambda blocks, *rest: seen.append(blocks[0].data.max()) or thinned(blocks, *rest),
     )
     np.testing.assert_array_equal(make_labels(x, 'dbscan', eps=0.5).labels, whole.labels)
     assert seen[0] <= 0.5

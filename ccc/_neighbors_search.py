@@ -6,6 +6,7 @@
 __all__ = ['on_accelerator', 'checked_embeddings', 'require_memory', 'progress', 'numbers', 'knn', 'nearest']
 
 # %% ../nbs/03c_neighbors_search.ipynb #19246014
+import os
 import time
 
 import numpy as np
@@ -46,7 +47,11 @@ def require_memory(
 
 
 def progress(items, name):
-    "The items, with a progress bar from the third second on. Quicker steps show none."
+    """The items, with a progress bar from the third second on. Quicker steps show none, and of several processes
+    the first alone does."""
+    if os.environ.get('RANK', '0') != '0':
+        yield from items
+        return
     start, bar = time.monotonic(), None
     total = len(items) if hasattr(items, '__len__') else None
     for n, item in enumerate(items):

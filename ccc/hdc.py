@@ -107,7 +107,10 @@ def _chances(closest, starts):
 
 
 def _gain(row, closest):
-    "By how much all samples come nearer to their nearest start if the sample of this row becomes one."
+    """By how much all samples come nearer to their nearest start if the sample of this row becomes one; 0 for a
+    row that another process holds."""
+    if row is None:
+        return 0.0
     cols, values = row
     return np.maximum(closest[cols] - values, 0).sum()
 
@@ -127,10 +130,10 @@ def graph_plusplus(
     closest = np.ones(graph.shape[0])  # distance to the nearest start so far
     for k in progress(range(n_clusters), 'starts'):
         candidates = _draw(_chances(closest, starts), trials if k else 1, random)
-        rows = graph.of(candidates)
-        best = int(np.argmax([_gain(row, closest) for row in rows]))
-        starts.append(int(candidates[best]))
-        cols, values = rows[best]
+        gains = np.array([_gain(graph.own(c), closest) for c in candidates])
+        best = candidates[graph.processes.total(gains).argmax()]
+        starts.append(int(best))
+        cols, values = graph.of([best])[0]
         closest[cols] = np.minimum(closest[cols], values)
         closest[starts[-1]] = 0
     return np.array(starts)

@@ -7,6 +7,7 @@ __all__ = ['row_blocks', 'Processes', 'TorchProcesses', 'in_threads', 'fetch', '
            'columns_of_rows', 'Block', 'GraphRows', 'allocate_rows']
 
 # %% ../nbs/02b_rows.ipynb #e51ea79d
+import atexit
 import os
 import pickle
 import shutil
@@ -62,8 +63,16 @@ class Processes:
     def gather(
         self,
         a: np.ndarray,  # (n, ...) of this process
+        sizes: np.ndarray = None,  # (P,) n of each process, where all know it already
     ) -> np.ndarray:  # of all processes, one after another
         "The arrays of all processes, for every process. They agree in all dimensions but the first."
+        return a
+
+    def total(
+        self,
+        a: np.ndarray,  # numbers, of the same shape in each process
+    ) -> np.ndarray:  # of that shape
+        "The sum of the arrays of all processes, for every process."
         return a
 
     def exchange(
@@ -96,6 +105,14 @@ class Processes:
         return float(self.gather(np.array([value], np.float64)).max())
 
 # %% ../nbs/02b_rows.ipynb #3f7ccdee
+def _leave():
+    "Ends the group in order: a process that exits with threads of gloo under way may abort."
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 class TorchProcesses(Processes):
     "The processes of `torch.distributed`, which must be initialised; arrays travel through main memory."
 
@@ -106,17 +123,19 @@ class TorchProcesses(Processes):
         import torch.distributed as dist
 
         self.group = dist.new_group(backend='gloo', timeout=timeout)
+        atexit.register(_leave)
         super().__init__(dist.get_rank(self.group), dist.get_world_size(self.group))
 
-    def gather(self, a):
+    def gather(self, a, sizes=None):
         import torch
         import torch.distributed as dist
 
         a = np.ascontiguousarray(a)
-        sizes = torch.zeros(self.count, dtype=torch.int64)
-        sizes[self.rank] = len(a)
-        dist.all_reduce(sizes, group=self.group)
-        ends = np.r_[0, sizes.numpy().cumsum()]
+        if sizes is None:
+            sizes = np.zeros(self.count, np.int64)
+            sizes[self.rank] = len(a)
+            sizes = self.total(sizes)
+        ends = np.r_[0, np.cumsum(sizes)]
         whole = np.empty((ends[-1], *a.shape[1:]), a.dtype)
         whole[ends[self.rank] : ends[self.rank + 1]] = a
         for rank in range(self.count):
@@ -124,6 +143,14 @@ class TorchProcesses(Processes):
             if part.size:  # every process sends its part into the same place of all
                 dist.broadcast(torch.from_numpy(part), src=rank, group=self.group)
         return whole
+
+    def total(self, a):
+        import torch
+        import torch.distributed as dist
+
+        sums = torch.from_numpy(np.array(a))
+        dist.all_reduce(sums, group=self.group)
+        return sums.numpy()
 
     def exchange(self, parts):
         import torch
@@ -153,8 +180,11 @@ class _Threads(Processes):
         self.barrier.wait()  # nobody writes again before all have read
         return values
 
-    def gather(self, a):
+    def gather(self, a, sizes=None):
         return np.concatenate(self._all(a))
+
+    def total(self, a):
+        return np.sum(self._all(a), axis=0)
 
     def exchange(self, parts):
         return [theirs[self.rank] for theirs in self._all(parts)]
@@ -309,33 +339,40 @@ class GraphRows:
         "Do its blocks lie in files?"
         return self.folder is not None
 
-    def of(self, ids) -> list:  # columns and values of each row
-        """Rows by number, for every process: those that this process holds, from the others the rest. All
-        processes must ask for the same."""
-        ids = np.asarray(ids)
-        own = [self._own_row(i) for i in ids]
-        if self.processes.count == 1:
-            return own
-        gather = self.processes.gather
-        lengths = gather(np.array([len(cols) for cols, _ in own if cols is not None], np.int64))
-        held = [pair for pair in own if pair[0] is not None]
-        empty = (np.empty(0, np.int32), np.empty(0, np.float32))
-        columns, values = (gather(np.concatenate(arrays)) for arrays in zip(*(held or [empty])))
-        # rows arrive by owner; within one owner in the order asked for
-        owner = np.searchsorted(self.processes.bounds(self.shape[0]), ids, side='right')
-        ends = lengths.cumsum()
-        rows = [None] * len(ids)
-        for place, i in enumerate(np.argsort(owner, kind='stable')):
-            stored = slice(ends[place] - lengths[place], ends[place])
-            rows[i] = columns[stored], values[stored]
-        return rows
-
-    def _own_row(self, i):
-        "Columns and values of a row that this process holds; of another, None twice."
+    def own(self, i: int) -> tuple | None:  # columns and values
+        "A row that this process holds; None if another does."
         for block in self.blocks:
             if block.first <= i < block.first + len(block):
                 return block.row(i)
-        return None, None
+        return None
+
+    def of(self, ids) -> list:  # columns and values of each row
+        "Rows by number, for every process, from those that hold them. All processes must ask for the same."
+        own = [self.own(i) for i in ids]
+        if self.processes.count == 1:
+            return own
+        lengths = self.processes.total(np.array([0 if row is None else len(row[0]) for row in own]))
+        owners = np.searchsorted(self.processes.bounds(self.shape[0]), ids, side='right') - 1
+        sizes = np.bincount(owners, lengths, self.processes.count).astype(np.int64)
+        # columns and values of a row as one array of 64-bit words: one message from each owner
+        words = [_packed(*row) for row in own if row is not None]
+        arrived = self.processes.gather(np.concatenate(words or [np.empty(0, np.int64)]), sizes)
+        order = np.argsort(owners, kind='stable')  # they arrive by owner
+        rows = [None] * len(ids)
+        for i, row in zip(order, np.split(arrived, lengths[order].cumsum()[:-1])):
+            rows[i] = _unpacked(row)
+        return rows
+
+
+def _packed(columns, values):
+    "Columns and values (n,) as (n,) 64-bit words."
+    return np.stack([columns.astype(np.int32), values.view(np.int32)], axis=1).view(np.int64)[:, 0]
+
+
+def _unpacked(words):
+    "Columns and values of `_packed`."
+    halves = words.view(np.int32).reshape(-1, 2)
+    return halves[:, 0], halves[:, 1].view(np.float32)
 
 # %% ../nbs/02b_rows.ipynb #c6dc5e88
 _PAIRS_IN_A_FILE = 2**26  # of one block

@@ -1,5 +1,11 @@
 """Every stage of the label step against its dense twin and against what the machine could do at best.
 
+    python tests/benchmarks/label_step.py --n 100000 300000 1000000 [--index exact ivf] [--processes 1 2 4] [--features F.npz] [--out steps.json]
+
+runs whole label steps of HDC as the trainer does (`whole_step.py`): D = 64, K = N / 20, less noise, as of a network that has learnt; in one process or shared out among
+several, with the time of each stage, the peak memory of each process, and what the labels have in common with those of the first run of the same embeddings. Without `--n`
+and with `--sizes` it looks into the stages:
+
     python tests/benchmarks/label_step.py [--features F.npz ...] [--sizes 3000 13000 33000 100000] [--twin-up-to 13000] [--out results.json]
 
 `--features` holds `features (N, D)` of a real network; `--sizes` are made embeddings (D = 128, K = N / 20, 18 images a person under 6 cameras). Each runs in a
@@ -9,9 +15,11 @@ same process on a plain matrix product, or on a plain copy; `exponent` the growt
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -31,7 +39,7 @@ def timed(work, runs=1):
     return result, min(seconds)
 
 
-def embeddings(source, noise=0.9):
+def embeddings(source, noise=0.9, dim=128):
     "(N, D) float32 unit norm, K, and where they are from."
     from ccc.data import toy_embeddings
 
@@ -40,7 +48,7 @@ def embeddings(source, noise=0.9):
         return x / np.linalg.norm(x, axis=1, keepdims=True), 750, 'real'
     n = int(source)
     return (
-        toy_embeddings(-(-n // 18), 6, 3, dim=128, noise=noise)[0][
+        toy_embeddings(-(-n // 18), 6, 3, dim=dim, noise=noise)[0][
             np.random.default_rng(0).permutation(-(-n // 18) * 18)[:n]
         ],
         n // 20,
@@ -220,6 +228,67 @@ def table(results):
             last = r
 
 
+def whole_steps(sources, indices, counts, memory, out):
+    "Runs of `whole_step.py`, one after the other; a line for each, and all of them in a file."
+    results = []
+    for source in sources:
+        first = None
+        for index, count in [(index, count) for index in indices for count in counts]:
+            with tempfile.TemporaryDirectory() as folder:
+                labels = Path(folder) / 'labels.npz'
+                result = whole_step(source, index, count, memory, labels)
+                made = dict(np.load(labels))
+            first = first or made
+            result |= agreement(made, first)
+            results.append(result)
+            print(step_line(result), flush=True)
+            if out:
+                Path(out).write_text(json.dumps(results, indent=1) + '\n')
+
+
+def whole_step(source, index, count, memory, labels):
+    "One run in a process of its own, or in several that share the cores of this machine."
+    script = [
+        str(Path(__file__).with_name('whole_step.py')),
+        source,
+        '--index',
+        index,
+        '--labels',
+        str(labels),
+    ]
+    if memory is not None:
+        script += ['--memory', str(memory)]
+    launcher, env = [], dict(os.environ)
+    if count > 1:
+        launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(count)]
+        env['OMP_NUM_THREADS'] = str(max(1, len(os.sched_getaffinity(0)) // count))
+    command = [sys.executable, *launcher, *script]
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=env)
+    return json.loads(run.stdout.split('result ')[-1].splitlines()[0])
+
+
+def agreement(made, first):
+    "What labels have in common with those of the first run."
+    from sklearn.metrics import adjusted_rand_score
+
+    return dict(
+        equal={name: bool(np.array_equal(made[name], first[name])) for name in first},
+        ari=adjusted_rand_score(first['labels'], made['labels']),
+    )
+
+
+def step_line(r):
+    "One run as a line to print."
+    stages = ', '.join(f'{name} {seconds:.0f}' for name, seconds in r['stages'].items() if seconds >= 1)
+    return (
+        f"{r['source']} N = {r['n']:,} D = {r['d']} K = {r['k']:,}, {r['index']}, {r['processes']} processes of"
+        f" {r['threads']} threads: {r['seconds']:.0f} s ({stages}), {r['rounds']} rounds, {r['pairs']:,} pairs"
+        f"{' on disk' if r['on_disk'] else ''}; peak {max(r['bytes']['peak']) / 1e9:.2f} GB a process, anonymous"
+        f" {max(r['bytes']['peak_anonymous']) / 1e9:.2f}, of the step {max(r['bytes']['step']) / 1e9:.2f}; equal to"
+        f" the first run: {all(r['equal'].values())}, ARI {r['ari']:.4f}; AMI with people {r['ami']:.4f}"
+    )
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -229,6 +298,12 @@ def main():
     parser.add_argument('--twin-up-to', type=int, default=13000)
     parser.add_argument('--rounds', type=int, default=80)
     parser.add_argument('--without-dbscan', action='store_true')
+    parser.add_argument('--n', nargs='*', help='made embeddings of these sizes, whole steps')
+    parser.add_argument('--index', nargs='+', default=['exact'], help='whole steps: exact, ivf, hnsw')
+    parser.add_argument('--processes', nargs='+', type=int, default=[1], help='whole steps: how many')
+    parser.add_argument(
+        '--memory', type=float, help='whole steps: gigabytes for the graph before it goes to disk'
+    )
     parser.add_argument('--out')
     parser.add_argument('--one', help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -236,6 +311,8 @@ def main():
         return print(
             'result', json.dumps(measure(args.one, args.twin_up_to, args.rounds, not args.without_dbscan))
         )
+    if args.n is not None:
+        return whole_steps([*args.features, *args.n], args.index, args.processes, args.memory, args.out)
     results = []
     for source in [*args.features, *args.sizes]:
         run = subprocess.run(

@@ -444,6 +444,22 @@ def test_settled_centroids_get_exact_bounds_once():
     assert max(columns[3:]) <= 1  # the one that moves
 
 
+def test_a_loose_bound_leaves_too_many_pairs():
+    """Coordinates over whole periods of the Euler cosine: ||e - f||^2 says little. The exact way of such
+    tiles finds the same number from few pairs."""
+    rng = np.random.default_rng(0)
+    x, c = (rng.normal(size=(n, 6)).astype(np.float32) for n in (3000, 150))
+    distances = CentroidDistances(x, 'euler_cosine')
+    f = distances.lift(c)
+    of_columns = all_pairs(distances, f).max(0)
+    with mock.patch.object(distances, 'factors', wraps=distances.factors) as factors:
+        assert distances.largest(f) == of_columns.max()
+    assert factors.call_count > 2  # more than the tiles of the round
+    norms, sums, _ = distances.known.at(f)
+    assert (of_columns <= sums).all() and sums.max() < norms.min()
+    assert distances.n_pairs < 3000 * 150 / 10
+
+
 def test_copies_of_one_image_and_centroid():
     "Every pair is the farthest: no more is computed than where one is, and the result is the same."
     rng = np.random.default_rng(0)

@@ -151,11 +151,6 @@ class KnownColumns:
 SETTLED = 0.2  # of the maximum: a column whose bound grew by less gets an exact one
 
 
-def _one_process(value):
-    "`agree` where one process holds all samples."
-    return value
-
-
 @dataclass
 class CentroidDistances:
     "Distances between fixed samples and moving centroids. Finds the largest without computing all."
@@ -163,7 +158,7 @@ class CentroidDistances:
     x: np.ndarray  # (N, D) float32, the samples of this process
     metric: str  # a key of METRICS
     block: int = 1024  # samples, and centroids, in one matrix product
-    agree: Callable = _one_process  # number -> the largest over all processes; each calls it equally often
+    agree: Callable = float  # a value of this process -> the largest of all processes
     n_columns: int = 0  # columns of real products with all samples so far, to be looked at
     n_pairs: int = 0  # pairs computed so far in search of the largest, to be looked at
 

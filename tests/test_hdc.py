@@ -1,5 +1,7 @@
 "HDC: golden runs round by round, both ways; the start, empty clusters, copies, ties, K near N."
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import numpy as np
@@ -368,3 +370,141 @@ def test_whatever_comes_in_a_partition_comes_out(seed, n, share, levels, init, m
     np.testing.assert_allclose(
         fit.cluster_centers_, [x[fit.labels_ == j].mean(0) for j in range(k)], atol=1e-6
     )
+
+
+# the largest distance, from bounds
+
+
+def moving_centroids(rng, c, rounds):
+    "Centroids as rounds move them: some stand still, some go back, some jump, the others move a little."
+    before = c
+    for _ in range(rounds):
+        yield c
+        kind = rng.integers(0, 5, len(c))[:, None]
+        step = rng.normal(size=c.shape) * 10.0 ** rng.integers(-6, 0, (len(c), 1))
+        jump = rng.normal(size=c.shape)
+        before, c = (
+            c,
+            np.select([kind < 2, kind == 2, kind == 3], [c, before, c + step], jump).astype(np.float32),
+        )
+
+
+def all_pairs(distances, f):
+    "(N, K) distances by differences of lifted coordinates."
+    n, k = len(distances.x), len(f)
+    return distances.of_pairs(f, np.repeat(np.arange(n), k), np.tile(np.arange(k), n)).reshape(n, k)
+
+
+@settings(max_examples=150)
+@given(
+    seed=st.integers(0, 10**6),
+    n=st.integers(1, 60),
+    k=st.integers(1, 30),
+    d=st.integers(1, 24),
+    scale=st.sampled_from([0.05, 0.3, 2.0]),
+    metric=st.sampled_from(['euler_cosine', 'euclidean']),
+)
+def test_bounds_hold_and_the_largest_distance_is_exact_to_the_bit(seed, n, k, d, scale, metric):
+    rng = np.random.default_rng(seed)
+    x, c = (scale * rng.normal(size=(m, d)).astype(np.float32) for m in (n, k))
+    distances = CentroidDistances(x, metric, block=16)
+    for moved in moving_centroids(rng, c / scale, 10):
+        f = distances.lift(scale * moved)
+        largest, of_columns = distances.largest(f), all_pairs(distances, f).max(0)
+        assert largest == of_columns.max()
+        norms, sums, _ = distances.known.at(f)
+        e, exact_f = (z.astype(np.complex128) for z in (distances.lifted, f))
+        assert ((abs(e[:, None] - exact_f) ** 2).sum(-1).max(0) <= norms).all()
+        assert (distances.undo(of_columns) <= sums).all()
+
+
+@pytest.mark.parametrize('metric', ['euler_cosine', 'euclidean'])
+def test_settled_centroids_are_not_multiplied(metric):
+    "What is multiplied: all at first, then only centroids that move, and none that go back and forth."
+    rng = np.random.default_rng(0)
+    x, c = (0.1 * rng.normal(size=(n, 32)).astype(np.float32) for n in (2000, 200))
+    there, distances, columns = c.copy(), CentroidDistances(x, metric), []
+    there[:20] += 0.1 * rng.normal(size=(20, 32)).astype(np.float32)
+    for moved in (c, c, there, c, there, c, there):
+        before = distances.n_columns
+        distances.largest(distances.lift(moved))
+        columns.append(distances.n_columns - before)
+    assert columns[0] == 200 and columns[1] == 0 and 0 < columns[2] <= 20
+    assert columns[3:] == [0, 0, 0, 0]
+    assert distances.n_pairs < 7 * 2000 * 200 / 100
+
+
+def test_settled_centroids_get_exact_bounds_once():
+    "The farthest pair comes nearer: all columns may now be the farthest. Two products settle it for good."
+    rng = np.random.default_rng(0)
+    x, c = (0.1 * rng.normal(size=(n, 32)).astype(np.float32) for n in (2000, 200))
+    distances, columns = CentroidDistances(x, 'euler_cosine'), []
+    for share in (1, 0.5, 0.4, 0.3, 0.2, 0.1):
+        c[7] = share * np.float32(0.25)
+        before = distances.n_columns
+        assert distances.largest(distances.lift(c)) == all_pairs(distances, distances.lift(c)).max()
+        columns.append(distances.n_columns - before)
+    assert columns[0] == 200 and columns[2] > 200  # some twice
+    assert max(columns[3:]) <= 1  # the one that moves
+
+
+def test_a_loose_bound_leaves_too_many_pairs():
+    """Coordinates over whole periods of the Euler cosine: ||e - f||^2 says little. The exact way of such
+    tiles finds the same number from few pairs."""
+    rng = np.random.default_rng(0)
+    x, c = (rng.normal(size=(n, 6)).astype(np.float32) for n in (3000, 150))
+    distances = CentroidDistances(x, 'euler_cosine')
+    f = distances.lift(c)
+    of_columns = all_pairs(distances, f).max(0)
+    with mock.patch.object(distances, 'factors', wraps=distances.factors) as factors:
+        assert distances.largest(f) == of_columns.max()
+    assert factors.call_count > 2  # more than the tiles of the round
+    norms, sums, _ = distances.known.at(f)
+    assert (of_columns <= sums).all() and sums.max() < norms.min()
+    assert distances.n_pairs < 3000 * 150 / 10
+
+
+def test_copies_of_one_image_and_centroid():
+    "Every pair is the farthest: no more is computed than where one is, and the result is the same."
+    rng = np.random.default_rng(0)
+    x, c = (np.tile(rng.normal(size=32).astype(np.float32), (n, 1)) for n in (3000, 300))
+    for metric in ('euler_cosine', 'euclidean'):
+        distances = CentroidDistances(x, metric)
+        for _ in range(3):
+            f = distances.lift(c)
+            assert distances.largest(f) == distances.of_pairs(f, np.array([0]), np.array([0]))[0]
+        assert distances.n_pairs < 3 * 3000 * 300 / 100
+
+
+@pytest.mark.parametrize('metric', METRICS)
+def test_shares_of_the_samples_find_the_common_maximum(metric):
+    "Three processes, here threads, one of them without samples: memberships as of one process, to the bit."
+    rng = np.random.default_rng(0)
+    x, c = (0.2 * rng.normal(size=(n, 16)).astype(np.float32) for n in (500, 60))
+    shares, labels = (slice(0, 200), slice(200, 200), slice(200, 500)), rng.integers(0, 60, 500)
+    rounds = list(moving_centroids(rng, c, 6))
+    values, barrier = [0.0] * 3, threading.Barrier(3, timeout=60)
+
+    def process(i):
+        n_calls = 0
+
+        def agree(value):
+            nonlocal n_calls
+            n_calls += 1
+            values[i] = float(value)
+            barrier.wait()
+            largest = max(values)
+            barrier.wait()
+            return largest
+
+        distances = CentroidDistances(x[shares[i]], metric, agree=agree)
+        return [distances.membership(moved, labels[shares[i]]) for moved in rounds], n_calls
+
+    with ThreadPoolExecutor(3) as pool:
+        memberships, n_calls = zip(*pool.map(process, range(3)))
+    assert n_calls == ((0,) * 3 if metric == 'cosine' else (2 * len(rounds),) * 3)
+    one = CentroidDistances(x, metric)
+    for moved, *parts in zip(rounds, *memberships):
+        together = np.concatenate(parts)
+        assert together.dtype == np.float32
+        np.testing.assert_array_equal(together, one.membership(moved, labels))

@@ -94,6 +94,8 @@ def _draw(weight, size, random):
     positive weight."""
     cumulative = np.cumsum(weight)
     drawn = np.searchsorted(cumulative, random.uniform(size=size) * cumulative[-1], side='right')
+    if drawn.max() < len(weight):
+        return drawn
     return np.minimum(drawn, np.flatnonzero(weight)[-1])
 
 

@@ -268,12 +268,14 @@ def whole_step(source, index, count, memory, labels):
 
 
 def agreement(made, first):
-    "What labels have in common with those of the first run."
-    from sklearn.metrics import adjusted_rand_score
+    """What labels have in common with those of the first run: arrays equal to the bit, and the adjusted mutual
+    information of the images that are in a cluster of both."""
+    from sklearn.metrics import adjusted_mutual_info_score
 
+    both = (made['labels'] >= 0) & (first['labels'] >= 0)
     return dict(
         equal={name: bool(np.array_equal(made[name], first[name])) for name in first},
-        ari=adjusted_rand_score(first['labels'], made['labels']),
+        ami_with_first=adjusted_mutual_info_score(first['labels'][both], made['labels'][both]),
     )
 
 
@@ -285,7 +287,8 @@ def step_line(r):
         f" {r['threads']} threads: {r['seconds']:.0f} s ({stages}), {r['rounds']} rounds, {r['pairs']:,} pairs"
         f"{' on disk' if r['on_disk'] else ''}; peak {max(r['bytes']['peak']) / 1e9:.2f} GB a process, anonymous"
         f" {max(r['bytes']['peak_anonymous']) / 1e9:.2f}, of the step {max(r['bytes']['step']) / 1e9:.2f}; equal to"
-        f" the first run: {all(r['equal'].values())}, ARI {r['ari']:.4f}; AMI with people {r['ami']:.4f}"
+        f" the first run: {all(r['equal'].values())}, AMI {r['ami_with_first']:.4f}; AMI with people {r['ami']:.4f}"
+        + (f"; {r['recall']:.1%} of the neighbours found" if r['recall'] is not None else '')
     )
 
 

@@ -84,7 +84,7 @@ class Stages:
 
 def measure(source, index, noise, memory):
     "One label step of HDC with the defaults; a dict for JSON."
-    from ccc import hdc, labels, neighbors
+    from ccc import _neighbors_search, hdc, labels, neighbors
     from ccc.rows import Processes, TorchProcesses
 
     several = int(os.environ.get('WORLD_SIZE', 1)) > 1
@@ -109,6 +109,8 @@ def measure(source, index, noise, memory):
     if memory is not None:
         room = labels.jaccard_rows
         labels.jaccard_rows = lambda *args, **kwargs: room(*args, memory=int(memory * 1e9), **kwargs)
+    recall, measured = [], _neighbors_search._recall
+    _neighbors_search._recall = lambda *args: recall.append(measured(*args)) or recall[-1]
     watched, start, cpu = Memory(), time.perf_counter(), time.process_time()
     with stages.stage('graph'):
         graph = labels.build_graph(x, index=index, processes=processes)
@@ -132,6 +134,7 @@ def measure(source, index, noise, memory):
         cpu_seconds=float(processes.gather(np.array([cpu])).sum()),
         stages=stages.seconds,
         rounds=stages.calls['means'],
+        recall=recall[0] if recall else None,
         pairs=pairs,
         on_disk=graph.on_disk,
         clusters=made.n_clusters,

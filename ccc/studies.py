@@ -26,9 +26,7 @@ from itertools import product
 from pathlib import Path
 
 import joblib
-import joblib
 import numpy as np
-from filelock import FileLock, Timeout
 from filelock import FileLock, Timeout
 
 from .config import Config, changes, deciding, warmup_settings
@@ -230,6 +228,9 @@ def train_run(
                 epochs = _train(config, base, folder)
         except Timeout:
             return Outcome('another process is training it')
+        except KeyboardInterrupt as stop:  # the run was asked to stop, and says what it saved
+            print(f'{stop}' or 'stopped', flush=True)
+            raise
         except Exception as e:  # the other runs go on
             traceback.print_exc()
             return Outcome(str(e) or type(e).__name__)
@@ -300,20 +301,77 @@ def on_ray(
     jobs: int | None = None,  # runs at a time; None: one for each GPU, or for each CPU of a cluster
     address: str | None = None,  # of a Ray cluster; None: this machine alone
 ):
-    """Trains runs as tasks of Ray; yields each with its `Outcome` as it comes in. Left early, it asks the
-    runs under way to save, and waits for them. ImportError says how to get Ray."""
+    """Trains runs as tasks of Ray; yields each with its `Outcome` as it comes in. Ctrl-C and SIGTERM ask the
+    runs under way to save, and raise `Stopped` when they have; a second Ctrl-C does not wait. Left early, it
+    asks them as well, and waits. ImportError says how to get Ray."""
+    from ccc.runs import Stopped, StopSignals
+
+    # signals wait for this loop: raised inside a call of Ray, `Stopped` would come out of it as something else
+    with StopSignals() as signals, signals.held(), _started_ray(address) as ray:
+        runs = {} if signals.asked else _begin_tasks(planned, base, folder, jobs)
+        waiting, stopping = list(runs), False
+        try:
+            while waiting:
+                if signals.asked and not stopping:
+                    stopping = True
+                    _cancel(waiting)
+                ended, waiting = ray.wait(waiting, timeout=1)
+                for ref in ended:
+                    outcome = _outcome(ref, stopping)
+                    if outcome is not None:
+                        yield runs[ref], outcome
+        except GeneratorExit:
+            if not stopping:
+                _cancel(waiting)
+            if waiting:
+                ray.wait(waiting, num_returns=len(waiting))
+            raise
+        if signals.asked:
+            raise Stopped(signals.asked)
+
+
+@contextmanager
+def _started_ray(address):
+    "The module ray, started here or connected to a cluster; ended again, unless it was on before."
     try:
         import ray
     except ImportError:
         raise ImportError("--jobs and --address need `pip install 'ccc-reid[cluster]'`") from None
-    started = not ray.is_initialized()
-    if started:
-        os.environ.setdefault('RAY_worker_niceness', '0')  # Ray's 15 starves a run beside other work
-        quiet = dict(include_dashboard=False, log_to_driver=False, logging_level='error')
-        handler = signal.getsignal(signal.SIGTERM)
-        ray.init(address or 'local', **quiet, **({} if address else dict(num_cpus=joblib.cpu_count())))
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)  # Ray's own would end this process at once
+    if ray.is_initialized():
+        yield ray
+        return
+    os.environ.setdefault('RAY_worker_niceness', '0')  # Ray's 15 starves a run beside other work
+    quiet = dict(include_dashboard=False, log_to_driver=False, logging_level='error')
+    try:
+        with _termination_held():
+            ray.init(address or 'local', **quiet, **({} if address else dict(num_cpus=joblib.cpu_count())))
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _termination_held():
+    """Inside, SIGTERM waits. Its handler is put back at the end: Ray brings two of its own, which would end
+    this process at once."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, 'pthread_sigmask'):
+        yield
+        return
+    term, handler = {signal.SIGTERM}, signal.getsignal(signal.SIGTERM)
+    # the processes that Ray starts must not inherit it: they are ended by SIGTERM
+    os.register_at_fork(after_in_child=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, term))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, term)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _begin_tasks(planned, base, folder, jobs):
+    "Hands runs to Ray; the reference of each task with its run."
+    import ray
+
     task = ray.remote(train_run).options(max_retries=3, **run_share(ray.cluster_resources(), base, jobs))
     first, runs = {}, {}
     for p in planned:
@@ -321,19 +379,15 @@ def on_ray(
         ref = task.remote(p.config, base, folder, first.get(warmup))  # begins when the first has ended
         runs[ref] = p
         first.setdefault(warmup, ref)
-    waiting = list(runs)
-    try:
-        while waiting:
-            ended, waiting = ray.wait(waiting, timeout=1)
-            for ref in ended:
-                yield runs[ref], _outcome(ref)
-    finally:
-        for ref in waiting:
-            ray.cancel(ref)  # as Ctrl-C in its process: the run saves
-        if waiting:
-            ray.wait(waiting, num_returns=len(waiting), timeout=600)
-        if started:
-            ray.shutdown()
+    return runs
+
+
+def _cancel(refs):
+    "Stops tasks of Ray: one under way has a Ctrl-C in its process, for which the run saves."
+    import ray
+
+    for ref in refs:
+        ray.cancel(ref)
 
 
 def run_share(
@@ -348,13 +402,15 @@ def run_share(
     return dict(num_cpus=int(share) if share >= 1 else share, num_gpus=min(gpus, 1))
 
 
-def _outcome(ref):
-    "The outcome of a task of Ray; one that was lost says why."
+def _outcome(ref, stopping):
+    "The outcome of a task of Ray; one that was lost says why. None: it was stopped, as all are."
     import ray
 
     try:
         return ray.get(ref)
     except ray.exceptions.RayError as e:
+        if stopping and isinstance(e, ray.exceptions.TaskCancelledError):
+            return None
         return Outcome(str(e).strip().splitlines()[0])
 
 # %% ../nbs/09b_studies.ipynb #d4ab1b22
@@ -387,8 +443,8 @@ def ablate(
     jobs: int | None = None,  # runs at a time, by Ray; None: one after another, in this process
     address: str | None = None,  # of a Ray cluster
 ) -> dict:  # name: reason, of the runs that are left out
-    """Trains the runs that are missing and goes on with those that were stopped; Ctrl-C and SIGTERM save
-    the runs under way."""
+    """Trains the runs that are missing and goes on with those that were stopped. Ctrl-C and SIGTERM save the
+    runs under way, here or on Ray, and raise `Stopped`."""
     from ccc.runs import Stopped, StopSignals
 
     folder = Path(folder).expanduser().resolve()
@@ -409,8 +465,9 @@ def ablate(
                     result = outcome.problem or last_line(find_runs(folder)[run_key(p.config)])
                     print(f'{n}/{len(todo)}  {p.name}: {result}', flush=True)
         except Stopped as stop:
+            name = signal.Signals(stop.signal).name
             raise Stopped(
-                stop.signal, f'stopped by {stop}; runs under way are saved, the same command goes on'
+                stop.signal, f'stopped by {name}; runs under way are saved, the same command goes on'
             ) from None
     return left_out
 

@@ -3,17 +3,22 @@
 import csv
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 from filelock import FileLock
 
-from ccc.runs import read_metrics
+from ccc.runs import RunFolder, checkpoints, progress, read_metrics
 from ccc.studies import (
     NETWORKS,
     STUDIES,
@@ -138,27 +143,64 @@ TINY = dict(
     device='cpu',
     image_cache='none',
 )
-SCRIPT = '''
+# A study as it is typed, with rows of its own: two long runs, and a third that waits for a place.
+COMMAND = """
 import sys
-from dataclasses import replace
-from ccc.studies import ablate, study_base
-base = study_base('city', **{tiny})
-options = dict(jobs=int(sys.argv[2])) if len(sys.argv) > 2 else {}
-configs = [replace(base, clustering=c) for c in ('kmeans', 'dbscan')]
-try: left_out = ablate(configs, base, sys.argv[1], **options)
-except ValueError as e: sys.exit(str(e))
-if left_out: sys.exit(str(left_out))
-'''.replace('{tiny}', repr(TINY))
+import ccc.studies as studies
+from ccc.cli import main
+studies.STUDIES['clusterers'] = [dict(clustering=c, warmup_with_dbscan=False) for c in ('kmeans', 'dbscan')]
+studies.STUDIES['clusterers'] += [dict(clustering='hdc', num_epochs=2)]
+sys.exit(main(['ablate', 'clusterers', '--seeds', '1', *sys.argv[1:]]))
+"""
+LONG = TINY | dict(num_epochs=30)
+BEGUN = []  # every study that was started here
 
 
-def begin(folder, *words):
-    return subprocess.Popen(
-        [sys.executable, '-c', SCRIPT, str(folder), *words],
-        env=os.environ | dict(OMP_NUM_THREADS='1'),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+@pytest.fixture(scope='module', autouse=True)
+def processes():
+    "Ends what a failed test has left, and removes what Ray wrote."
+    with pytest.MonkeyPatch.context() as patch:
+        ray = tempfile.mkdtemp(prefix='ray', dir='/tmp')  # the path of a socket must be short
+        patch.setenv('RAY_TMPDIR', ray)
+        yield
+        for study in BEGUN:
+            for process in left_of(study):
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            study.wait()
+        shutil.rmtree(ray, ignore_errors=True)
+
+
+def begin(folder, *words, code=COMMAND):
+    "A program in a session of its own. It prints to a file: what Ray leaves behind would hold a pipe open."
+    settings = [word for n, v in LONG.items() for word in (f'--{n.replace("_", "-")}', str(v))]
+    words = words if code != COMMAND else ('--log-dir', str(folder), *settings, *words)
+    with open(folder / 'printed', 'w') as printed:
+        study = subprocess.Popen(
+            [sys.executable, '-c', code, *words],
+            env=os.environ | dict(OMP_NUM_THREADS='1'),
+            stdin=subprocess.DEVNULL,
+            stdout=printed,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    BEGUN.append(study)
+    return study
+
+
+def end_of(study, folder):
+    "Exit code and what was printed."
+    return study.wait(timeout=400), (folder / 'printed').read_text()
+
+
+def left_of(study):
+    "The processes of a study's session that have not ended, each with its command line."
+    left = {}
+    for process in psutil.process_iter():
+        with suppress(OSError, psutil.Error):  # it ends meanwhile, or belongs to somebody else
+            if os.getsid(process.pid) == study.pid and process.status() != psutil.STATUS_ZOMBIE:
+                left[process] = ' '.join(process.cmdline())
+    return left
 
 
 def wait_for(happens, seconds=300):
@@ -168,17 +210,25 @@ def wait_for(happens, seconds=300):
         time.sleep(0.05)
 
 
+def runs_in(folder):
+    return find_runs(folder / 'ablate-city')
+
+
 def numbers(folder):
     drop = ('seconds', 'speed')
     return {
         key: [{k: v for k, v in r.items() if k not in drop} for r in read_metrics(run)]
-        for key, run in find_runs(folder).items()
+        for key, run in runs_in(folder).items()
     }
+
+
+def epochs(folder):
+    return {key: len(read_metrics(run)) for key, run in runs_in(folder).items()}
 
 
 def free(folder):
     try:
-        with sole_worker(folder):
+        with sole_worker(folder / 'ablate-city'):
             return True
     except ValueError:
         return False
@@ -188,62 +238,103 @@ def free(folder):
 def in_turn(tmp_path_factory):
     "The numbers of the study, one run after another."
     folder = tmp_path_factory.mktemp('in_turn')
-    study = begin(folder)
-    printed = study.communicate(timeout=400)[0]
-    assert study.returncode == 0, printed
-    assert len(numbers(folder)) == 2
+    code, printed = end_of(begin(folder), folder)
+    assert code == 0, printed
+    assert sorted(epochs(folder).values()) == [2, 30, 30]
     return numbers(folder)
-
-
-def has_begun(folder):
-    return any(read_metrics(run) for run in find_runs(folder).values())
 
 
 def test_killed_stopped_and_gone_on_with(tmp_path, in_turn):
     killed = begin(tmp_path)
-    wait_for(lambda: has_begun(tmp_path))
+    wait_for(lambda: any(epochs(tmp_path).values()))
     killed.kill()
-    killed.communicate()
+    killed.wait()
     wait_for(lambda: free(tmp_path))
     stopped = begin(tmp_path)
-    wait_for(lambda: len(find_runs(tmp_path)) == 2)
+    wait_for(lambda: len(runs_in(tmp_path)) == 2)
     stopped.send_signal(signal.SIGTERM)
-    printed = stopped.communicate(timeout=400)[0]
-    assert stopped.returncode != 0 and 'runs under way are saved' in printed, printed
+    code, printed = end_of(stopped, tmp_path)
+    assert code == 128 + signal.SIGTERM, printed
+    assert 'stopped by SIGTERM; runs under way are saved' in printed
     wait_for(lambda: free(tmp_path))
-    last = begin(tmp_path)
-    printed = last.communicate(timeout=400)[0]
-    assert last.returncode == 0, printed
+    code, printed = end_of(begin(tmp_path), tmp_path)
+    assert code == 0, printed
     assert numbers(tmp_path) == in_turn
 
 
-def workers(parent):
-    "The processes in which Ray runs tasks for a process."
-    import psutil
-
-    below = psutil.Process(parent).children(recursive=True)
-    return [p for p in below if 'ray::train_run' in ' '.join(p.cmdline()) or 'ray::train_run' in p.name()]
+def workers(study):
+    "The processes in which Ray runs tasks for a study."
+    return [process for process, line in left_of(study).items() if 'ray::train_run' in line]
 
 
-def test_on_ray_the_numbers_are_the_same(tmp_path, in_turn):
+@pytest.fixture(scope='module')
+def killed_on_ray(tmp_path_factory):
+    "A study on Ray of which a worker was killed, and later the study itself, and its folder."
     pytest.importorskip('ray')
-    study = begin(tmp_path, '2')
-    printed = study.communicate(timeout=400)[0]
-    assert study.returncode == 0, printed
-    assert numbers(tmp_path) == in_turn
-
-
-def test_a_worker_that_is_killed_is_started_again(tmp_path, in_turn):
-    pytest.importorskip('ray')
-    study = begin(tmp_path, '1')
-    wait_for(lambda: has_begun(tmp_path))
-    victims = workers(study.pid)
+    folder = tmp_path_factory.mktemp('killed')
+    study = begin(folder, '--jobs', '1')
+    wait_for(lambda: any(epochs(folder).values()))
+    victims = workers(study)
     assert victims, 'no worker of Ray was seen'
     for victim in victims:
         victim.kill()
-    printed = study.communicate(timeout=400)[0]
-    assert study.returncode == 0, printed
-    assert numbers(tmp_path) == in_turn
+    psutil.wait_procs(victims, timeout=60)
+    before = epochs(folder)
+    wait_for(lambda: epochs(folder) != before)  # Ray has started the run again
+    study.kill()
+    study.wait()
+    return study, folder
+
+
+def test_the_runs_of_a_killed_study_end(killed_on_ray):
+    study, folder = killed_on_ray
+    wait_for(lambda: all('Agent' in line for line in left_of(study).values()), 60)
+    assert free(folder)
+
+
+def saved(run):
+    "Epochs and steps that a run says it has saved, in the last line of its log."
+    last = (run.parent / 'seed1.log').read_text().splitlines()[-1]
+    said = re.match(r'stopped by SIGINT, saved after (\d+) epochs and (\d+) steps', last)
+    assert said, last
+    return int(said[1]), int(said[2])
+
+
+def test_stopped_on_ray_and_gone_on_with(killed_on_ray, in_turn):
+    """The study that was killed goes on: Ctrl-C as a terminal sends it, to all processes; SIGTERM to the
+    study alone; then the end."""
+    _, folder = killed_on_ray
+    goal = {key: len(rows) for key, rows in in_turn.items()}
+    for send, number in ((os.killpg, signal.SIGINT), (os.kill, signal.SIGTERM)):
+        before = epochs(folder)
+        places = min(2, sum(before.get(key, 0) < n for key, n in goal.items()))
+        study = begin(folder, '--jobs', '2')
+
+        def grown():
+            assert study.poll() is None, (folder / 'printed').read_text()
+            return [key for key, n in epochs(folder).items() if n > before.get(key, 0)]
+
+        wait_for(lambda: len(grown()) >= places)
+        under_way = grown()
+        send(study.pid, number)
+        code, printed = end_of(study, folder)
+        assert code == 128 + number, printed
+        assert f'stopped by {number.name}; runs under way are saved' in printed
+        wait_for(lambda: not left_of(study), 30)
+        stopped = [run for key, run in runs_in(folder).items() if key in under_way]
+        stopped = [run for run in stopped if len(read_metrics(run)) < RunFolder(run).config.num_epochs]
+        assert stopped, 'every run had ended before the signal came'
+        for run in stopped:
+            assert saved(run) == progress(checkpoints(run / 'checkpoints')[-1])
+    code, printed = end_of(begin(folder, '--jobs', '2'), folder)
+    assert code == 0, printed
+    assert numbers(folder) == in_turn
+
+
+def test_nothing_is_left_of_a_study_on_ray_that_was_killed(killed_on_ray):
+    "Two agents of Ray try for a minute to tell their dead server that it is dead."
+    study, _ = killed_on_ray
+    wait_for(lambda: not left_of(study))
 
 
 CLUSTER = """
@@ -269,16 +360,10 @@ sys.exit(str(studies.ablate(configs, base, sys.argv[1], address=cluster.address)
 
 def test_two_nodes_both_get_work(tmp_path):
     pytest.importorskip('ray')
-    done = subprocess.run(
-        [sys.executable, '-c', CLUSTER, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=400,
-        env=os.environ | dict(OMP_NUM_THREADS='1'),
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    code, printed = end_of(begin(tmp_path, str(tmp_path), code=CLUSTER), tmp_path)
+    assert code == 0, printed
     assert len(set((tmp_path / 'nodes').read_text().split())) == 2
-    assert len(numbers(tmp_path)) == 2
+    assert len(find_runs(tmp_path)) == 2
 
 
 def test_a_run_that_another_process_trains_is_left_alone(tmp_path):

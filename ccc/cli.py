@@ -783,7 +783,7 @@ def main(args: list | None = None) -> int:  # words after `ccc`, None: those of 
         _close_quietly()
         return 0
     except KeyboardInterrupt as stop:  # Ctrl-C; a run in training has saved what it had, and says so
-        print(f'ccc {name}: {stop or "stopped"}', file=sys.stderr)
+        print(f'ccc {name}: {str(stop) or "stopped"}', file=sys.stderr)
         return 128 + getattr(stop, 'signal', 2)
     except Exception as error:
         if os.environ.get('CCC_DEBUG'):

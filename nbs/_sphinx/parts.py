@@ -13,8 +13,8 @@ PARTS = {
     'Experiments': '09_experiments 09b_studies 09c_choosing',
     'Pictures': '00_viz 05a_evolution 05b_widgets 06b_figures 09a_report',
     'Command line': '10_cli options 10b_main',
-    'Under the hood': '02a_gate 03a_neighbors_kernels 03b_neighbors_torch 04a_hdc_kernels 04b_hdc_torch 04c_hdc_distances'
-    ' 07a_evaluation_kernels 00a_writing 10a_init contributing changelog',
+    'Under the hood': '02a_gate 02b_rows 03a_neighbors_kernels 03b_neighbors_torch 04a_hdc_kernels 04b_hdc_torch'
+    ' 04c_hdc_distances 07a_evaluation_kernels 00a_writing 10a_init contributing changelog',
 }
 
 

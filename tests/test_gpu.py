@@ -29,6 +29,7 @@ from ccc.engine import (
 )
 from ccc.labels import make_labels
 from ccc.memory import RULES, ClusterMemory
+from ccc.rows import Processes
 from ccc._evaluation_kernels import rank_rows
 from ccc.epoch import LOSSES_AT_ONCE
 from ccc.evaluation import evaluate_embeddings, rank_on_device, scores_of_counts
@@ -317,6 +318,15 @@ def test_blocks_are_as_wide_as_what_they_hold():
     assert row_blocks(10, 20) == [(lo, lo + 2) for lo in range(0, 10, 2)] and row_blocks(10, 1) == [
         (i, i + 1) for i in range(10)
     ]
+
+
+def test_a_process_searches_for_its_rows_on_its_device(gpu):
+    "The step that multiplies N by N; the rest of a step that is shared out is done in main memory."
+    x = embeddings(720)
+    there, whole = torch.from_numpy(x).to(DEVICE), neighbors.knn(x, 9)[1]
+    for rank in range(3):
+        lo, hi = Processes(rank, 3).share(len(x))
+        np.testing.assert_array_equal(neighbors.nearest(there, 9, 'exact', (lo, hi))[1], whole[lo:hi])
 
 
 def test_what_lies_in_main_memory_is_searched_by_the_cpu(monkeypatch):

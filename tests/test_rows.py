@@ -30,9 +30,9 @@ OPTIONS = {
 
 
 def embeddings():
-    "2,000 made embeddings, some of them copies."
-    x = toy_embeddings(n_ids=100, per_camera=5, dim=48, seed=4)[0]
-    return np.concatenate([x[:1990], x[:10]])
+    "1,000 made embeddings, some of them copies."
+    x = toy_embeddings(n_ids=50, per_camera=5, dim=48, seed=4)[0]
+    return np.concatenate([x[:990], x[:10]])
 
 
 def everything(processes):
@@ -48,14 +48,14 @@ def everything(processes):
             results[f'{name}.{attribute}'] = np.asarray(getattr(fit, attribute))
     x = embeddings()
     makers = {
-        'hdc': dict(n_clusters=110),
-        'random': dict(n_clusters=110, hdc_options=dict(init='random')),
-        'k-means++-x': dict(n_clusters=110, hdc_options=dict(init='k-means++-x')),
+        'hdc': dict(n_clusters=55),
+        'random': dict(n_clusters=55, hdc_options=dict(init='random')),
+        'k-means++-x': dict(n_clusters=55, hdc_options=dict(init='k-means++-x')),
         # more clusters than there are people: many are empty in passing
-        'many': dict(n_clusters=700, own_centroids=False),
+        'many': dict(n_clusters=250, own_centroids=False),
         'dbscan': dict(eps=0.5),
-        'kmeans': dict(n_clusters=110),
-        'dense': dict(n_clusters=110, jaccard=False),
+        'kmeans': dict(n_clusters=55),
+        'dense': dict(n_clusters=55, jaccard=False),
     }
     for name, options in makers.items():
         method = name if name in ('dbscan', 'kmeans') else 'hdc'
@@ -112,7 +112,7 @@ def test_without_a_seed_processes_agree():
     "Each process has a random generator of its own; the first one's counts."
     x = embeddings()
     for init in ('k-means++', 'k-means++-x', 'random'):
-        options = dict(n_clusters=100, hdc_options=dict(init=init))
+        options = dict(n_clusters=50, hdc_options=dict(init=init))
         made = in_threads(3, lambda p: make_labels(x, 'hdc', processes=p, **options))  # noqa: B023
         for other in made[1:]:
             np.testing.assert_array_equal(other.labels, made[0].labels)
@@ -139,13 +139,13 @@ def test_any_rows_of_any_graph(n, count, seed, limit, in_files):
 def test_a_graph_in_files_gives_the_same_labels(monkeypatch, tmp_path):
     "Many small files, which are gone afterwards."
     x = embeddings()
-    inside = make_labels(x, 'hdc', n_clusters=110, random_state=0, processes=Processes())
-    monkeypatch.setattr(sharing, '_PAIRS_IN_A_FILE', 5000)
+    inside = make_labels(x, 'hdc', n_clusters=55, random_state=0, processes=Processes())
+    monkeypatch.setattr(sharing, '_PAIRS_IN_A_FILE', 2000)
     monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
     graph = jaccard_rows(x, memory=0)
     assert len(graph.blocks) > 20 and graph.on_disk
     assert sorted(f.name.split('.')[1] for f in Path(graph.folder.name).iterdir())[0] == 'distances'
-    outside = make_labels(x, 'hdc', n_clusters=110, random_state=0, graph=graph)
+    outside = make_labels(x, 'hdc', n_clusters=55, random_state=0, graph=graph)
     np.testing.assert_array_equal(outside.labels, inside.labels)
     np.testing.assert_array_equal(outside.confidence, inside.confidence)
     np.testing.assert_array_equal(outside.centroids, inside.centroids)

@@ -148,7 +148,8 @@ class KnownColumns:
         bounds[0, columns] = np.maximum(bounds[0, columns], values)
 
 # %% ../nbs/04c_hdc_distances.ipynb #d87e3958
-SETTLED = 0.2  # of the maximum: a column whose bound grew by less gets an exact one
+# of the maximum: a column whose bound grew by less since it was last multiplied gets an exact one
+SETTLED = 0.2
 
 
 @dataclass
@@ -159,7 +160,7 @@ class CentroidDistances:
     metric: str  # a key of METRICS
     block: int = 1024  # samples, and centroids, in one matrix product
     agree: Callable = float  # a value of this process -> the largest of all processes
-    n_columns: int = 0  # columns of real products with all samples so far, to be looked at
+    n_products: int = 0  # inner products of a sample and a centroid so far, to be looked at
     n_pairs: int = 0  # pairs computed so far in search of the largest, to be looked at
 
     def __post_init__(self):
@@ -222,7 +223,6 @@ class CentroidDistances:
         exact, cheap = np.flatnonzero(exact), np.flatnonzero((sums > limit) & ~exact)
         self.known.restart(f, exact, norms[exact])
         self.known.restart(f, cheap, 0)
-        self.n_columns += 2 * len(exact) + len(cheap)
         # covers the rounding of the products, of their parts, and of the differences
         self.margin = 4 * self.rounding * (self.largest_norm + _square_norms(f - self.centre).max())
         return [*self.factors(f, exact, (REAL, IMAGINARY)), *self.factors(f, cheap, (NORM,))]
@@ -236,6 +236,7 @@ class CentroidDistances:
     def search(self, f, lo, left, columns, rights):
         "Search the pairs of a block of samples, from `lo` on, and a tile of columns. Raises the bounds of these."
         bounds = self.upper_bounds(left, rights)
+        self.n_products += bounds.size * len(rights)
         highest = bounds.max(0)
         if len(rights) == 1:
             self.known.raise_to(self.known.norms, columns, highest)
@@ -261,8 +262,8 @@ class CentroidDistances:
         return bounds
 
     def compute_promising(self, f, lo, columns, bounds, highest):
-        """Compute the pairs of a tile whose bound exceeds the maximum so far. False if they are too many:
-        then it was only the best."""
+        """Compute the pairs of a tile whose bound exceeds the maximum so far. False if there are too many: then
+        only the best pair was computed."""
         best = highest.argmax()
         if highest[best] <= self.undo(self.maximum):
             return True

@@ -334,7 +334,7 @@ def make_labels(
     eps: float = 0.6,  # DBSCAN: radius in Jaccard distance
     k1: int = 30,
     k2: int = 6,  # of the Jaccard graph, where none is given; k1 is clipped to N - 1
-    graph=None,  # (N, N) distances in [0, 1], CSR (absent: 1) or dense
+    graph=None,  # (N, N) distances in [0, 1], CSR (absent: 1), dense, or `GraphRows` of several processes
     index: str = 'exact',  # how neighbours are found where no graph is given: 'exact', 'ivf', 'hnsw'
     # False: HDC on its own metric between samples, DBSCAN on the halved cosine distance, both dense
     jaccard: bool = True,

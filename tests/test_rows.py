@@ -19,7 +19,7 @@ from ccc.data import toy_embeddings
 from ccc.hdc import HDC
 from ccc.labels import make_labels
 from ccc.neighbors import jaccard_distance, jaccard_rows
-from ccc.rows import Processes, TorchProcesses, allocate_rows, in_threads
+from ccc.rows import Processes, TorchProcesses, allocate_rows, run_in_threads
 
 CASES = ['jaccard_eulercosine', 'jaccard_cosine', 'jaccard_euclidean', 'jaccard_eulercosine_normalized']
 OPTIONS = {
@@ -113,7 +113,7 @@ def test_without_a_seed_processes_agree():
     x = embeddings()
     for init in ('k-means++', 'k-means++-x', 'random'):
         options = dict(n_clusters=50, hdc_options=dict(init=init))
-        made = in_threads(3, lambda p: make_labels(x, 'hdc', processes=p, **options))  # noqa: B023
+        made = run_in_threads(3, lambda p: make_labels(x, 'hdc', processes=p, **options))  # noqa: B023
         for other in made[1:]:
             np.testing.assert_array_equal(other.labels, made[0].labels)
 
@@ -129,7 +129,7 @@ def test_any_rows_of_any_graph(n, count, seed, limit, in_files):
     k1, k2 = min(8, n - 1), min(3, n)
     whole = jaccard_distance(x, k1, k2, limit=limit)
     memory = 0 if in_files else None
-    made = in_threads(count, lambda p: jaccard_rows(x, k1, k2, limit=limit, processes=p, memory=memory))
+    made = run_in_threads(count, lambda p: jaccard_rows(x, k1, k2, limit=limit, processes=p, memory=memory))
     blocks = [block for graph in made for block in graph.blocks]
     np.testing.assert_array_equal(np.concatenate([np.diff(b.indptr) for b in blocks]), np.diff(whole.indptr))
     np.testing.assert_array_equal(np.concatenate([b.indices for b in blocks]), whole.indices)
@@ -174,10 +174,10 @@ def test_a_sparse_matrix_with_empty_rows_is_turned():
 
     def turned(processes):
         lo, hi = processes.share(100)
-        return sharing.transposed(matrix[lo:hi], processes).toarray()
+        return sharing.transpose(matrix[lo:hi], processes).toarray()
 
     for count in (1, 3, 5):
-        np.testing.assert_array_equal(np.concatenate(in_threads(count, turned)), matrix.toarray().T)
+        np.testing.assert_array_equal(np.concatenate(run_in_threads(count, turned)), matrix.toarray().T)
 
 
 if __name__ == '__main__':  # started by a test above, once for each process

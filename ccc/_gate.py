@@ -233,10 +233,12 @@ def one_thread_after_fork():
 
 
 def threads(
-    n_threads: int,  # 0 or less: every core that this process may use
+    n_threads: int,  # 0 or less: every core that this process may use, shared with others of its launcher
     parts: int,  # of work; more threads would have nothing to do
 ) -> int:
     "The number of threads to start; one in a forked child."
     if _process['forked']:
         return 1
-    return max(1, min(n_threads if n_threads > 0 else joblib.cpu_count(), parts, 1024))
+    # launchers say how many processes share this machine
+    cores = joblib.cpu_count() // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    return max(1, min(n_threads if n_threads > 0 else cores, parts, 1024))

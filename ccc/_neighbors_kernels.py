@@ -794,6 +794,7 @@ def all_pairs(
     np.cumsum(offsets, out=offsets)
     filled, parts = [], []
     for begin, end, indices, distances in allocate(offsets):
+        gate.rows((begin, end), n)
         indptr = (offsets[begin : end + 1] - offsets[begin]).astype(indices.dtype)
         gate.same_length(columns=indices, distances=distances)
         gate.offsets('offsets', indptr, end - begin, len(indices))

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from . import _gate as gate
 from ._gate import as_numpy
-from .rows import row_blocks
+from .rows import block_edges
 
 # %% ../nbs/03c_neighbors_search.ipynb #a6679c25
 def on_accelerator(x) -> bool:
@@ -106,9 +106,13 @@ def _search_faiss(x, k, index, gpu, blocks):
     # equals on both sides of the last place
     cut = np.flatnonzero(distances[:, k - 1] == distances[:, -1]) if more > k else np.array([], int)
     distances, ids = _by_id(distances[:, :k], ids[:, :k])
-    for lo in range(0, len(cut), 256):
-        rows = cut[lo : lo + 256]
-        distances[rows], ids[rows] = _all_equals(built, x[own[rows]], k, len(x))
+    ends = np.cumsum([hi - lo for lo, hi in blocks])
+    for part in np.split(
+        cut, np.searchsorted(cut, ends[:-1])
+    ):  # by block: a product's last bits depend on its shape
+        for lo in range(0, len(part), 256):
+            rows = part[lo : lo + 256]
+            distances[rows], ids[rows] = _all_equals(built, x[own[rows]], k, len(x))
     return distances, ids
 
 
@@ -194,7 +198,7 @@ def _search_once(x, first, k, own):
     firsts, group, sizes = np.unique(first, return_inverse=True, return_counts=True)
     members, begins = np.argsort(group, kind='stable'), np.r_[0, sizes.cumsum()[:-1]]
     wanted, group = np.unique(group[own], return_inverse=True)
-    edges = row_blocks(len(firsts))
+    edges = block_edges(len(firsts))
     needed = np.unique(np.searchsorted(edges, wanted, side='right') - 1)
     blocks = [(edges[b], edges[b + 1]) for b in needed]
     distances, near = _search(np.ascontiguousarray(x[firsts]), min(k, len(firsts)), 'exact', False, blocks)
@@ -258,7 +262,7 @@ def nearest(x, k, index, rows=None):
     if gpu and index != 'exact':
         x = np.ascontiguousarray(as_numpy(x))  # FAISS reads main memory, and brings it to its own GPU
     gate.one_thread_after_fork()
-    edges = row_blocks(len(x))
+    edges = block_edges(len(x))
     lo, hi = gate.rows(rows, len(x))
     blocks = [block for block in zip(edges, edges[1:]) if lo <= block[0] and block[1] <= hi]
     own = row_ids(blocks)

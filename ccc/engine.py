@@ -164,7 +164,15 @@ def label_processes(
     engine,  # Accelerator
 ) -> Processes:  # those of the engine
     "The processes that share the label step; arrays travel through main memory, whatever the device."
-    return TorchProcesses(LONGEST_WAIT) if engine.num_processes > 1 else Processes()
+    if engine.num_processes == 1:
+        return Processes()
+    return _torch_processes(torch.distributed.group.WORLD)
+
+
+@functools.lru_cache(maxsize=1)
+def _torch_processes(world):
+    "One group for all runs of these processes."
+    return TorchProcesses(LONGEST_WAIT)
 
 
 def from_main(
@@ -427,6 +435,10 @@ def what_varies(config: Config, engine) -> list:  # sentences
                 f'the approximate index {config.knn_index} is built by FAISS, on a GPU in another order than'
                 ' on a CPU'
             ),
+        ),
+        (
+            engine.num_processes > 1 and gpu,
+            'several processes cluster in main memory, a single one on its GPU: sums may round differently',
         ),
         (how['precision'] == 'bf16', 'bfloat16 makes differences of rounding larger than float32 does'),
         (how['compile'], 'torch.compile may choose other kernels in another run or version'),

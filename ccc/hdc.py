@@ -81,13 +81,16 @@ def rows_of(
     return GraphRows([Block(0, graph.indptr, graph.indices, graph.data)], graph.shape)
 
 
-def _in_memory(graph, wanted=None):
+def _on_host(graph, wanted=None):
     "`rows_of` a graph in main memory; of one on a device the rows wanted (the others empty), None: all."
-    if not is_tensor(getattr(graph, 'data', None)):
-        return rows_of(graph)
+    rows = rows_of(graph)
+    block = rows.blocks[0]
+    if not is_tensor(block.data):
+        return rows
     from ccc._hdc_torch import host_rows
 
-    return rows_of(host_rows(graph, wanted))
+    whole = SimpleNamespace(indptr=block.indptr, indices=block.indices, data=block.data, shape=rows.shape)
+    return rows_of(host_rows(whole, wanted))
 
 
 def _gain(row, closest):
@@ -141,13 +144,13 @@ class WeightedDraw:
 
 # %% ../nbs/04_hdc.ipynb #76054132
 def graph_plusplus(
-    graph: csr_array,  # (N, N) distances in [0, 1]; absent: 1
+    graph,  # csr_array, `DeviceGraph` or `GraphRows` (N, N) of distances in [0, 1]; absent: 1
     n_clusters: int,  # K
     random_state=None,  # seed or RandomState
 ) -> np.ndarray:  # (K,) int64 distinct sample indices
     """k-means++ starts drawn on graph distances (Arthur and Vassilvitskii 2007, greedy form, distances not
     squared)."""
-    graph = _in_memory(graph)
+    graph = _on_host(graph)
     # one generator for all processes: they draw the same
     random = graph.processes.from_first(lambda: check_random_state(random_state))
     trials = 2 + int(np.log(n_clusters))
@@ -178,11 +181,11 @@ def _rows_in_turn(graph, ids, at_once=256):
 
 
 def nearest_start(
-    graph: csr_array,  # (N, N) distances in [0, 1]; absent: 1
+    graph,  # csr_array, `DeviceGraph` or `GraphRows` (N, N) of distances in [0, 1]; absent: 1
     starts: np.ndarray,  # (K,) sample indices
 ) -> np.ndarray:  # (N,) int32 clusters, -1 where every start is at distance 1
     "First labels: the nearest start by graph distance, ties to the lowest cluster."
-    graph = _in_memory(graph, starts)
+    graph = _on_host(graph, starts)
     best = np.ones(graph.shape[0], np.float32)
     labels = np.full(graph.shape[0], -1, np.int32)
     for j, (start, row) in enumerate(zip(starts, _rows_in_turn(graph, starts))):
@@ -271,7 +274,7 @@ def cluster_means(
 def as_graph(
     graph,  # (N, N) distances in [0, 1]: any sparse format with absent pairs at 1, or dense; not changed
     n: int,  # number of samples it must be about
-) -> csr_array:  # (N, N) float32; absent: 1
+) -> csr_array:  # (N, N) float32; absent: 1. Graphs that were made here stay what they are
     """The graph as CSR in which no pair is stored twice; ValueError for another shape, columns beyond it,
     or values outside [0, 1]."""
     if isinstance(graph, GraphRows):  # made by `jaccard_rows`
@@ -376,12 +379,16 @@ class Discrepancies:
             yield self.of(block)
             block.release()
 
-    def row(self, i: int) -> tuple:  # sample -> columns and discrepancies
-        "One row; all processes ask for the same."
+    def own_row(self, i: int) -> tuple | None:  # sample -> columns and discrepancies
+        "A row that this process holds; None if another does."
         if self.kept is not None:
-            return self.kept.get_rows([i])[0]
-        cols, values = self.graph.get_rows([i])[0]
-        return cols, _discrepancy(values)
+            return self.kept.own_row(i)
+        row = self.graph.own_row(i)
+        return row if row is None else (row[0], _discrepancy(row[1]))
+
+    def row(self, i: int) -> tuple:  # sample -> columns and discrepancies
+        "One row, as its holder has it; all processes ask for the same."
+        return self.graph.get_rows([i], self.own_row)[0]
 
 
 def _nearest_cluster(assign, a, labels, m, k):
@@ -431,7 +438,7 @@ def parts_for(x):
 # %% ../nbs/04_hdc.ipynb #81e71c56
 def hdc_rounds(
     x: np.ndarray,  # (N, D) float32 embeddings
-    graph,  # (N, N) distances in [0, 1], CSR or dense
+    graph,  # (N, N) distances in [0, 1], CSR, dense, or `GraphRows`
     starts: np.ndarray,  # (K,) sample indices to start from
     *,
     metric: str = 'euler_cosine',

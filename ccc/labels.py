@@ -7,6 +7,7 @@ __all__ = ['OUTLIER', 'PseudoLabels', 'check_label_array', 'drop_small_clusters'
            'make_labels', 'churn', 'diagnose', 'CameraBias', 'camera_bias']
 
 # %% ../nbs/05_labels.ipynb #e22dbdc8
+import zlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -160,17 +161,20 @@ def _thinned(blocks, eps, n):
         indices.append(as_numpy(block.indices)[mask])
         data.append(values[mask])
         block.release()
-    indptr = np.r_[0, np.concatenate(lengths).cumsum()]
-    return csr_array((np.concatenate(data), np.concatenate(indices), indptr), shape=(len(indptr) - 1, n))
+    # one block is not copied once more
+    lengths, indices, data = (a[0] if len(a) == 1 else np.concatenate(a) for a in (lengths, indices, data))
+    indptr = np.r_[0, lengths.cumsum()]
+    return csr_array((data, indices, indptr), shape=(len(indptr) - 1, n))
 
 
 def _thinned_at_first(graph, eps):
     "The pairs at most eps apart of all processes, at the first; None at the others."
     own, to_first = _thinned(graph.blocks, eps, graph.shape[1]), graph.processes.to_first
-    lengths, indices, data = to_first(np.diff(own.indptr)), to_first(own.indices), to_first(own.data)
+    lengths = to_first(np.diff(own.indptr).astype(np.int64))
+    indices, data = to_first(own.indices.astype(np.int32, copy=False)), to_first(own.data)
     if lengths is None:
         return None
-    return csr_array((data, indices, np.r_[0, lengths.astype(np.int64).cumsum()]), shape=graph.shape)
+    return csr_array((data, indices, np.r_[0, lengths.cumsum()]), shape=graph.shape)
 
 
 def _dbscan(x, graph, eps, min_instances):
@@ -324,6 +328,30 @@ def _in_place(x):
     checked_embeddings(x)
     return x.detach().float()
 
+
+def _processes_of(graph, processes):
+    "Those that share the work; ValueError if a graph is shared out among others."
+    if not isinstance(graph, GraphRows):
+        return processes or Processes()
+    if processes is not None and (processes.rank, processes.count) != (
+        graph.processes.rank,
+        graph.processes.count,
+    ):
+        raise ValueError(
+            f'processes must be those that share the graph, {graph.processes.count} of them; got {processes.count}'
+        )
+    return graph.processes
+
+
+def _check_agreement(labels, processes):
+    "RuntimeError if processes end with different labels: then they had other embeddings or arguments."
+    sums = processes.gather(np.array([zlib.crc32(np.ascontiguousarray(labels))]))
+    if (sums != sums[0]).any():
+        raise RuntimeError(
+            'all processes must end with the same labels, and did not: embeddings and arguments must be the same in'
+            ' all, and their machines of one kind'
+        )
+
 # %% ../nbs/05_labels.ipynb #2b5995b2
 def make_labels(
     x,  # (N, D) float32 embeddings, unit norm; a tensor on an accelerator stays there
@@ -348,9 +376,10 @@ def make_labels(
     gate.one_thread_after_fork()
     check_method(method)
     check_options(min_instances, eps, k1, k2, jaccard, own_centroids, hdc_options)
-    shared_out = isinstance(graph, GraphRows) or (graph is None and jaccard and method != 'kmeans')
-    processes = getattr(graph, 'processes', processes) or Processes()
-    if processes.count > 1 and not shared_out:  # k-means, and what works on a whole matrix
+    processes = _processes_of(graph, processes)
+    in_rows = isinstance(graph, GraphRows) or (graph is None and jaccard)
+    if processes.count > 1 and (method == 'kmeans' or not in_rows):  # and what works on a whole matrix
+        graph = None if method == 'kmeans' else graph
         options = dict(n_clusters=n_clusters, eps=eps, k1=k1, k2=k2, index=index, jaccard=jaccard)
         options |= dict(own_centroids=own_centroids, hdc_options=hdc_options, random_state=random_state)
         return processes.from_first(lambda: make_labels(x, method, min_instances, graph=graph, **options))
@@ -372,8 +401,11 @@ def make_labels(
     elif graph is None:
         graph = pairwise_distance(x, x, hdc.metric if method == 'hdc' else 'cosine', normalize=True)
     if method == 'hdc':
-        return PseudoLabels(*_hdc(x, graph, min_instances, hdc, own_centroids))  # which checks the graph
-    return PseudoLabels(*_dbscan(x, as_graph(graph, len(x)), eps, min_instances))
+        made = _hdc(x, graph, min_instances, hdc, own_centroids)  # which checks the graph
+    else:
+        made = _dbscan(x, as_graph(graph, len(x)), eps, min_instances)
+    _check_agreement(made[0], processes)
+    return PseudoLabels(*made)
 
 # %% ../nbs/05_labels.ipynb #97b9a070
 def churn(

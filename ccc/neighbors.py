@@ -210,15 +210,15 @@ def jaccard_rows(
     x, processes = checked_embeddings(x), processes or Processes()
     _check_sizes(x, k1, k2, limit)
     V = _encoded(x, k1, k2, index, n_threads, processes)
-    folders = []
+    in_files = []
 
     def allocate(offsets):
-        rooms, folder = allocate_rows(offsets, memory)
-        folders.append(folder)
+        rooms, on_disk = allocate_rows(offsets, memory)
+        in_files.append(on_disk)
         return rooms
 
     blocks = _pairs(V, limit, n_threads, allocate, processes)
-    return GraphRows(blocks, (len(x), len(x)), processes, folders[0])
+    return GraphRows(blocks, (len(x), len(x)), processes, in_files[0])
 
 
 def _check_sizes(x, k1, k2, limit):

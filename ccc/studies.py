@@ -302,8 +302,8 @@ def on_ray(
     address: str | None = None,  # of a Ray cluster; None: this machine alone
 ):
     """Trains runs as tasks of Ray; yields each with its `Outcome` as it comes in. Ctrl-C and SIGTERM ask the
-    runs under way to save, and raise `Stopped` when they have; a second Ctrl-C does not wait. Left early, it
-    asks them as well, and waits. ImportError says how to get Ray."""
+    runs under way to save, and raise `Stopped` when they have; a second Ctrl-C does not wait. If the caller
+    stops iterating, the runs are asked to save too. ImportError says how to get Ray."""
     from ccc.runs import Stopped, StopSignals
 
     # signals wait for this loop: raised inside a call of Ray, `Stopped` would come out of it as something else

@@ -12,7 +12,7 @@ from scipy.sparse import csr_array, issparse
 from . import _gate as gate
 from . import _neighbors_kernels as kernels
 from ._gate import as_numpy, is_tensor  # noqa: F401
-from .rows import Block, GraphRows, Processes, allocate_rows, columns_of_rows, rows_of_neighbors
+from .rows import Block, GraphRows, Processes, allocate_rows, columns_of_rows, release, rows_of_neighbors
 from ccc._neighbors_search import (  # noqa: F401
     checked_embeddings,
     knn,
@@ -154,7 +154,7 @@ def _whole(blocks, shape):
     return csr_array((block.data, block.indices, block.indptr), shape=shape)
 
 
-def _pairs(V, limit, n_threads, allocate, processes, block=8192):
+def _pairs(V, limit, n_threads, allocate, processes, block=8192, in_turn=progress):
     """Blocks of the Jaccard graph for this process's rows of V, which are checked and may be sorted in
     place."""
     gate.number('limit', limit, 0)
@@ -167,7 +167,7 @@ def _pairs(V, limit, n_threads, allocate, processes, block=8192):
     weights = []
     for W in columns_of_rows(V, processes):
         weights += [W.indptr.astype(np.int64), W.indices.astype(np.int32, copy=False), W.data]
-    filled = kernels.all_pairs(*weights, limit, block, n_threads, progress, allocate, first, n)
+    filled = kernels.all_pairs(*weights, limit, block, n_threads, in_turn, allocate, first, n)
     starts = first + np.r_[0, np.cumsum([len(indptr) - 1 for indptr, _, _ in filled])]
     return [Block(int(start), *arrays) for start, arrays in zip(starts, filled)]
 
@@ -210,14 +210,23 @@ def jaccard_rows(
     x, processes = checked_embeddings(x), processes or Processes()
     _check_sizes(x, k1, k2, limit)
     V = _encoded(x, k1, k2, index, n_threads, processes)
-    in_files = []
+    rooms, in_files = [], []
 
     def allocate(offsets):
-        rooms, on_disk = allocate_rows(offsets, memory)
+        made, on_disk = allocate_rows(offsets, memory)
+        rooms.extend(made)
         in_files.append(on_disk)
-        return rooms
+        return made
 
-    blocks = _pairs(V, limit, n_threads, allocate, processes)
+    def in_turn(parts, name):
+        "The parts, with a progress bar; what was written to files leaves this process's memory."
+        for part in progress(parts, name):
+            yield part
+            for _, _, indices, distances in rooms[:1]:  # blocks share two files
+                release(indices)
+                release(distances)
+
+    blocks = _pairs(V, limit, n_threads, allocate, processes, in_turn=in_turn)
     return GraphRows(blocks, (len(x), len(x)), processes, in_files[0])
 
 

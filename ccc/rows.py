@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['block_edges', 'Processes', 'TorchProcesses', 'run_in_threads', 'fetch', 'transpose', 'rows_of_neighbors',
-           'columns_of_rows', 'Block', 'GraphRows', 'allocate_rows']
+           'columns_of_rows', 'release', 'Block', 'GraphRows', 'allocate_rows']
 
 # %% ../nbs/02b_rows.ipynb #e51ea79d
 import atexit
 import errno
+import mmap
 import os
 import pickle
 import shutil
@@ -312,6 +313,13 @@ def columns_of_rows(
     ), columns
 
 # %% ../nbs/02b_rows.ipynb #82024290
+def release(a):
+    "Lets the operating system take the memory of an array that lies in a file. Its content stays."
+    mapped = getattr(a, '_mmap', None)
+    if hasattr(mapped, 'madvise'):
+        mapped.madvise(mmap.MADV_DONTNEED)
+
+
 @dataclass(repr=False, eq=False)
 class Block:
     "Consecutive rows of a matrix (N, N) as CSR."
@@ -331,12 +339,8 @@ class Block:
 
     def release(self):
         "Lets the operating system take the memory of a block that lies in a file."
-        for a in (self.indices, self.data):
-            mapped = getattr(a, '_mmap', None)
-            if hasattr(mapped, 'madvise'):
-                import mmap
-
-                mapped.madvise(mmap.MADV_DONTNEED)
+        release(self.indices)
+        release(self.data)
 
 
 @dataclass(repr=False, eq=False)

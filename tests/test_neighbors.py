@@ -219,3 +219,20 @@ def test_neighbours_are_the_nearest_whatever_ties_there_are(seed, n, repeats, k)
     np.testing.assert_allclose(np.take_along_axis(slow, indices, 1), distances, atol=1e-6)
     np.testing.assert_array_equal(indices[:, 0], np.arange(len(x)))
     assert all(len(set(row)) == k for row in indices)
+
+
+def test_the_search_does_not_depend_on_the_number_of_threads():
+    "With 256 coordinates the product of two threads had other last bits than that of one."
+    faiss = pytest.importorskip('faiss')
+    x = np.random.default_rng(0).normal(size=(3000, 256)).astype(np.float32)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    before, results = faiss.omp_get_max_threads(), []
+    try:
+        for n in (1, 2, 3):
+            faiss.omp_set_num_threads(n)
+            results.append(knn(x, 31))
+    finally:
+        faiss.omp_set_num_threads(before)
+    for distances, ids in results[1:]:
+        np.testing.assert_array_equal(ids, results[0][1])
+        np.testing.assert_array_equal(distances, results[0][0])

@@ -40,7 +40,9 @@ CHECKED_EPOCHS = 2  # of each run that is compared
 # Another kind of CPU rounds otherwise, and training amplifies it. The runs were made on an AMD EPYC. An Intel
 # Xeon changed the loss of the first epoch by .6 % at most, that of the second by 6.8 %, and mAP by .041
 # (2026-11-27, torch 2.14.1). A second thread changes less (tests/benchmarks/threads.py).
-LOSS_TOLERANCE = (0.02, 0.1)  # relative, in the first epoch and in later ones
+# Since then neighbours are searched in other blocks. Embeddings of the untrained network are so close to one
+# another that this reorders neighbours of 30 of 896 images, and changes the loss of the first epoch by up to 3.2 %.
+LOSS_TOLERANCE = (0.05, 0.1)  # relative, in the first epoch and in later ones
 MAP_TOLERANCE = 0.06  # absolute
 CAMERALESS = Path('logs/stored/city_without_cameras.csv')  # seen from ROOT
 

@@ -378,7 +378,7 @@ def make_labels(
     check_options(min_instances, eps, k1, k2, jaccard, own_centroids, hdc_options)
     processes = _processes_of(graph, processes)
     in_rows = isinstance(graph, GraphRows) or (graph is None and jaccard)
-    if processes.count > 1 and (method == 'kmeans' or not in_rows):  # and what works on a whole matrix
+    if processes.count > 1 and (method == 'kmeans' or not in_rows):  # the first process works for all
         graph = None if method == 'kmeans' else graph
         options = dict(n_clusters=n_clusters, eps=eps, k1=k1, k2=k2, index=index, jaccard=jaccard)
         options |= dict(own_centroids=own_centroids, hdc_options=hdc_options, random_state=random_state)

@@ -138,6 +138,12 @@ def test_processes_that_do_not_fit_together_are_refused():
         run_in_threads(2, lambda p: labels._check_agreement(np.arange(9) + p.rank, p))
     with pytest.raises(ValueError, match='n_clusters must not exceed'):  # raised by the first, for all
         run_in_threads(2, lambda p: make_labels(x, 'kmeans', n_clusters=5000, processes=p))
+    alone = make_labels(x, 'kmeans', n_clusters=50, random_state=0)
+    on_graph = dict(n_clusters=50, random_state=0)  # k-means needs none; the first process runs it for all
+    for made in run_in_threads(
+        2, lambda p: make_labels(x, 'kmeans', graph=jaccard_rows(x, processes=p), **on_graph)
+    ):
+        np.testing.assert_array_equal(made.labels, alone.labels)
     with pytest.raises(ValueError, match='those that share the graph, 1 of them; got 2'):
         run_in_threads(2, lambda p: make_labels(x, 'hdc', n_clusters=9, graph=jaccard_rows(x), processes=p))
 

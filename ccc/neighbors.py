@@ -193,7 +193,7 @@ def jaccard_distance(
     V = _encoded(x, k1, k2, index, n_threads, Processes())
     return _whole(_pairs(V, limit, n_threads, _in_memory, Processes()), V.shape)
 
-
+# %% ../nbs/03_neighbors.ipynb #fd69d72e
 def jaccard_rows(
     x,  # (N, D) embeddings, unit norm; the same in every process
     k1: int = 30,  # as of `jaccard_distance`
@@ -229,7 +229,7 @@ def jaccard_rows(
     blocks = _pairs(V, limit, n_threads, allocate, processes, in_turn=in_turn)
     return GraphRows(blocks, (len(x), len(x)), processes, in_files[0])
 
-
+# %% ../nbs/03_neighbors.ipynb #803c5198
 def _check_sizes(x, k1, k2, limit):
     if not 1 <= gate.whole('k1', k1) < len(x):
         raise ValueError(
@@ -239,7 +239,7 @@ def _check_sizes(x, k1, k2, limit):
         raise ValueError(f'k2 counts the sample itself and must lie in 1..k1 + 1; got k2={k2} with k1={k1}')
     gate.number('limit', limit, 0)
 
-
+# %% ../nbs/03_neighbors.ipynb #e75f7ed9
 def _encoded(x, k1, k2, index, n_threads, processes):
     "This process's rows of the encoding; neighbours are searched where x is, the rest is done on the CPU."
     rows = processes.share(len(x))
@@ -251,7 +251,7 @@ def _encoded(x, k1, k2, index, n_threads, processes):
 
     return encode(ranked, distances_of, k2, n_threads, processes)
 
-
+# %% ../nbs/03_neighbors.ipynb #dd7bede2
 def to_dense(
     graph: csr_array,  # (N, N) stored distances below 1
 ) -> np.ndarray:  # (N, N) float32

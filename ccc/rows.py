@@ -254,7 +254,7 @@ def fetch(
     )
     return csr_array((data, indices, np.r_[0, lengths.cumsum()]), shape=(len(wanted), rows.shape[1]))
 
-
+# %% ../nbs/02b_rows.ipynb #e07a250f
 def transpose(
     rows: csr_array,  # this process's rows of a matrix (N, N)
     processes: Processes,
@@ -319,7 +319,7 @@ def release(a):
     if hasattr(mapped, 'madvise'):
         mapped.madvise(mmap.MADV_DONTNEED)
 
-
+# %% ../nbs/02b_rows.ipynb #3b772c60
 @dataclass(repr=False, eq=False)
 class Block:
     "Consecutive rows of a matrix (N, N) as CSR."
@@ -342,7 +342,7 @@ class Block:
         release(self.indices)
         release(self.data)
 
-
+# %% ../nbs/02b_rows.ipynb #86cb2d8d
 @dataclass(repr=False, eq=False)
 class GraphRows:
     "This process's rows of a graph (N, N), in blocks; other processes hold the others."
@@ -390,12 +390,12 @@ class GraphRows:
             rows[i] = _unpacked(row)
         return rows
 
-
+# %% ../nbs/02b_rows.ipynb #12b3ac2a
 def _packed(columns, values):
     "Columns and values (n,) as (n,) 64-bit words."
     return np.stack([columns.astype(np.int32), values.view(np.int32)], axis=1).view(np.int64)[:, 0]
 
-
+# %% ../nbs/02b_rows.ipynb #dcfa20da
 def _unpacked(words):
     "Columns and values of `_packed`."
     halves = words.view(np.int32).reshape(-1, 2)
